@@ -1,0 +1,28 @@
+# `make demo` and `make test` do everything on a fresh machine: they make .venv and install into it.
+# To use an environment that you have, name its python: `make test-gpu PYTHON=python3`.
+PYTHON ?= .venv/bin/python
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-gpu lint docs
+
+demo: $(PYTHON)
+	$(PYTHON) -m tq_inductor.cli demo
+
+test: $(PYTHON) lint
+	$(PYTHON) -P -m pytest -m "not gpu"
+
+test-gpu: $(PYTHON)
+	$(PYTHON) -P -m pytest -m gpu
+
+lint: $(PYTHON)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	rm -rf build/types && $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/types .
+	MYPYPATH=build/types $(PYTHON) -m mypy
+
+.venv/bin/python: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade pip setuptools
+	.venv/bin/python -m pip install -q "$(TORCH)"
+	.venv/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@

@@ -1,0 +1,50 @@
+"""Find the attention calls of a Dynamo graph, where `scaled_dot_product_attention` is still one node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+PARAMETERS = (
+    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
+)  # fmt: skip
+DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+@dataclass(frozen=True)
+class SDPANode:
+    """One call of `scaled_dot_product_attention`, its arguments by name however they were passed."""
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    attn_mask: Any
+    dropout_p: Any
+    is_causal: Any
+    scale: Any
+    enable_gqa: Any
+
+
+def find_calls(graph: fx.Graph) -> Iterator[SDPANode]:
+    """The attention calls of one graph, in order."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            positional = dict(zip(PARAMETERS, node.args, strict=False))
+            yield SDPANode(node, **{**DEFAULTS, **positional, **node.kwargs})
+
+
+def value_of(node: Any) -> Any:
+    """What Dynamo saw at a node: a fake tensor, a (symbolic) number, or None."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def static_size(tensor: torch.Tensor, dim: int) -> int | None:
+    """A size if it is known at compile time, else None; adds no guard."""
+    size = tensor.shape[dim]
+    return size if isinstance(size, int) else None

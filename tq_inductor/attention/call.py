@@ -1,0 +1,68 @@
+"""`AttentionCall`: the facts of one attention call, on which the choice of a backend depends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_DECODE_QUERIES = 16  # tokens of a decode step, speculative ones included
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Facts, never tensors: a choice can be tested for a machine that one does not have.
+
+    A size that is not known at compile time is None, never guessed and never guarded on.
+
+    Attributes:
+        batch_size, q_len, kv_len, num_heads, num_kv_heads, head_dim, v_head_dim: sizes of
+            q `[B, H, q, D]`, k `[B, Hkv, L, D]` and v `[B, Hkv, L, Dv]`, repeated heads removed.
+        dtype: of q and of the result.
+        device: "cpu", "cuda", ...
+        capability: compute capability of a CUDA device, e.g. (9, 0).
+        mask: "none", "bool" or "float": what `attn_mask` is.
+        is_causal: SDPA's flag, which aligns query 0 with key 0 (top-left).
+        dropout: probability.
+        needs_grad: whether a backward may follow.
+        kv_format: the format of the packed cache that k and v are read from; None if they are not.
+        kv_source: where k and v come from, in words.
+        obstacles: what in the graph stands against reading the packed cache directly.
+    """
+
+    batch_size: int | None
+    q_len: int | None
+    kv_len: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    v_head_dim: int | None
+    dtype: torch.dtype
+    device: str
+    capability: tuple[int, int] | None = None
+    mask: str = "none"
+    is_causal: bool = False
+    dropout: float = 0.0
+    needs_grad: bool = False
+    kv_format: str | None = None
+    kv_source: str = "computed here"
+    obstacles: tuple[str, ...] = ()
+
+    @property
+    def phase(self) -> str:
+        """ "decode": a few queries over more keys than that; else "prefill"."""
+        few = self.q_len is not None and self.q_len <= MAX_DECODE_QUERIES
+        return "decode" if few and self.kv_len != self.q_len else "prefill"
+
+    def describe(self) -> str:
+        """Shapes and dtype in one line."""
+
+        def sizes(*values: int | None) -> str:
+            return "[" + ", ".join("?" if v is None else str(v) for v in values) + "]"
+
+        query = sizes(self.batch_size, self.num_heads, self.q_len, self.head_dim)
+        key = sizes(self.batch_size, self.num_kv_heads, self.kv_len, self.head_dim)
+        where = self.device
+        if self.capability:
+            where += f" sm{self.capability[0]}{self.capability[1]}"
+        return f"q={query} kv={key} {str(self.dtype).removeprefix('torch.')} {where}"

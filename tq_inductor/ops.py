@@ -1,0 +1,240 @@
+"""The ops of namespace `tq_inductor`: schemas, fakes and dispatch.
+
+On a CPU they run the reference implementation, on a GPU the Triton kernels; both are imported when
+an op is first called, so that registering the ops needs neither. Defined by `torch.library.Library`
+because its calls cost a tenth of a mutating `custom_op` (pytorch/pytorch#139500).
+
+Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dimension.
+
+- `cache`: uint8 `[B, Hkv, page_bytes]`, one page per batch row, laid out as `format` says.
+- `seq_lens`: int64 `[]` or `[B]`, tokens in each row, on the device; *after* the append for ops that
+  append, which put their tokens at positions `seq_lens - q .. seq_lens - 1` and skip those that fall
+  outside the page.
+- `k_rotation`, `v_rotation`: float32 `[D, D]`, `rotation_matrix(D)`; for a lossless format only
+  their sizes are used.
+- `attn_mask`: bool or float, broadcastable to `[B, H, q, max_len]`. It alone decides what is visible;
+  slots past `seq_lens` are keys and values of zeros, as in SDPA over what `tq_dequantize` returns.
+  Without a mask the queries are the last `q` tokens and see all before and themselves.
+- `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
+  `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right.
+
+A query without a visible key gives zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .format import KVFormat
+
+_lib = torch.library.Library("tq_inductor", "DEF")
+
+_CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
+
+for _schema in (
+    f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format) -> ()",
+    f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, int max_len, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+    f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask, str kv_format,"
+    " int max_len, float scale) -> Tensor",
+    f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
+    " Tensor? attn_mask, str kv_format, int max_len, float scale) -> Tensor",
+    "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> Tensor",
+    "tq_refuse_backward(Tensor grad) -> Tensor",
+):
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _tq_store(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+) -> None:
+    if cache.is_cuda:
+        from .kernels.store import store
+    else:
+        from .reference import store
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt)
+
+
+def _tq_store_fake(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+) -> None:
+    return None
+
+
+def _tq_dequantize(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+    max_len: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if cache.is_cuda:
+        from .kernels.dequantize import dequantize
+    else:
+        from .reference import dequantize
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype)
+
+
+def _tq_dequantize_fake(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+    max_len: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, _ = cache.shape
+    return (
+        cache.new_empty((batch, heads, max_len, k_rotation.shape[0]), dtype=dtype),
+        cache.new_empty((batch, heads, max_len, v_rotation.shape[0]), dtype=dtype),
+    )
+
+
+def _tq_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    if cache.is_cuda:
+        from .kernels.decode import decode
+    else:
+        from .reference import decode
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    return decode(q, cache, seq_lens, k_rotation, v_rotation, attn_mask, fmt, max_len, scale)
+
+
+def _tq_decode_fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+def _tq_append_attend(
+    cache: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format)
+    return _tq_decode(q, cache, seq_lens, k_rotation, v_rotation, attn_mask, kv_format, max_len, scale)
+
+
+def _tq_append_attend_fake(
+    cache: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+def _varlen_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    if q.is_cuda:
+        from .kernels.varlen import varlen_attention
+    else:
+        from .reference import varlen_attention
+    return varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale
+    )
+
+
+def _varlen_attn_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _tq_refuse_backward(grad: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(
+        "a packed KV cache, and attention over one, have no backward: run inference under "
+        "torch.no_grad(), or train without a packed cache."
+    )
+
+
+def _tq_refuse_backward_fake(grad: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(grad)
+
+
+for _name, _impl, _fake in (
+    ("tq_store", _tq_store, _tq_store_fake),
+    ("tq_dequantize", _tq_dequantize, _tq_dequantize_fake),
+    ("tq_decode", _tq_decode, _tq_decode_fake),
+    ("tq_append_attend", _tq_append_attend, _tq_append_attend_fake),
+    ("varlen_attn", _varlen_attn, _varlen_attn_fake),
+    ("tq_refuse_backward", _tq_refuse_backward, _tq_refuse_backward_fake),
+):
+    _lib.impl(_name, _impl, "CPU")
+    _lib.impl(_name, _impl, "CUDA")
+    torch.library.register_fake(f"tq_inductor::{_name}", _fake, lib=_lib)
+
+
+def _backward_refused(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> None:
+    torch.ops.tq_inductor.tq_refuse_backward(grad)
+
+
+for _name in ("tq_decode", "varlen_attn"):
+    torch.library.register_autograd(f"tq_inductor::{_name}", _backward_refused, lib=_lib)

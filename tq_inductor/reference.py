@@ -1,0 +1,294 @@
+"""Store, dequantize and attend in plain torch: the specification of the packed cache.
+
+Every kernel is tested against this file, and it is what runs on a CPU. `store`, `dequantize`, `decode`
+and `varlen_attention` take the same arguments as the kernels' launchers of those names; `ops` says
+what they mean. Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `P` pages, `L`
+tokens of a page, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .codebook import FP8_UNIT, codebook
+from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
+
+FP8_MAX = 448.0
+
+
+def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate vectors and round each coordinate to its nearest centroid.
+
+    The scale is the least-squares one, <y, c> / <c, c>, rather than the norm: at the same bytes it
+    has less distortion, and it is exact for vectors that the rotation makes flat (one-hot ones).
+
+    Args:
+        x: `[..., D]`, any float dtype.
+        bits: 2, 3, 4 or 8.
+        rotation: `[D, D]` float32.
+
+    Returns:
+        codes `[..., D]` uint8 and scales `[...]` bf16, with x ~ (scale * centroid) @ rotation.T. A
+        zero vector has scale 0; a vector with NaN or inf has scale NaN, so that it reads back as
+        NaN and is never mistaken for data (checking it here would cost a host sync).
+    """
+    x = x.to(torch.float32)
+    largest = x.abs().amax(-1, keepdim=True)  # first, so that squares neither overflow nor vanish
+    tiny = torch.finfo(torch.float32).tiny
+    y = (x / largest.clamp(min=tiny)) @ rotation
+    rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
+    if bits == 8:
+        grid = (y * (FP8_UNIT / rms)).clamp(-FP8_MAX, FP8_MAX).nan_to_num(0.0)
+        codes = grid.to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        book = codebook(bits)
+        grid = y.abs() * (book.unit / rms)
+        codes = (grid[..., None] > grid.new_tensor(book.midpoints)).sum(-1)
+        codes = (codes | ((y < 0).long() << (bits - 1))).to(torch.uint8)
+    centroids = centroids_of(codes, bits)
+    fit = (y * centroids).sum(-1) / centroids.square().sum(-1).clamp(min=tiny)
+    scales = torch.where(largest[..., 0] < tiny, 0.0, fit * largest[..., 0])
+    return codes, scales.to(SCALE_DTYPE)
+
+
+def centroids_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes `[..., D]` uint8 -> centroids `[..., D]` float32, in e4m3 units."""
+    if bits == 8:
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    magnitudes = codebook(bits).magnitudes
+    table = torch.tensor([*magnitudes, *(-m for m in magnitudes)], device=codes.device)
+    return table[codes.long()]
+
+
+def decode_vectors(
+    codes: torch.Tensor, scales: torch.Tensor, bits: int, rotation: torch.Tensor
+) -> torch.Tensor:
+    """Codes `[..., D]` and scales `[...]` -> vectors `[..., D]` float32, rotated back."""
+    return (centroids_of(codes, bits) * scales.to(torch.float32)[..., None]) @ rotation.T
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes `[..., D]` -> rows `[..., D * bits / 8]` uint8, in the order that `format` documents."""
+    if bits == 3:
+        return torch.cat([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], -1)
+    return _pack_plane(codes, bits)
+
+
+def unpack(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows `[..., D * bits / 8]` -> codes `[..., D]` uint8; the inverse of `pack`."""
+    if bits == 3:
+        magnitudes, signs = rows.split([rows.shape[-1] // 3 * 2, rows.shape[-1] // 3], -1)
+        return _unpack_plane(magnitudes, 2) | _unpack_plane(signs, 1) << 2
+    return _unpack_plane(rows, bits)
+
+
+def _pack_plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    groups = codes.unflatten(-1, (8 // bits, -1))  # [..., codes per byte, bytes]
+    packed = groups[..., 0, :]
+    for i in range(1, 8 // bits):
+        packed = packed | groups[..., i, :] << (i * bits)
+    return packed
+
+
+def _unpack_plane(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    mask = 2**bits - 1
+    return torch.cat([rows >> (i * bits) & mask for i in range(8 // bits)], -1)
+
+
+def _planes(cache: torch.Tensor, fmt: KVFormat) -> dict[str, torch.Tensor]:
+    """Views of `cache` `[P, Hkv, page_bytes]`: rows `[P, Hkv, L, row]`, scales `[P, Hkv, L]`.
+
+    Packed value rows are shown as stored: `[P, Hkv, L / 16, row, 16]`.
+    """
+    page_size = fmt.page_size(cache.shape[-1])
+    views = {}
+    for plane in fmt.planes(page_size):
+        data = cache[..., plane.offset : plane.offset + plane.nbytes]
+        if plane.name.endswith("scales"):
+            views[plane.name] = data.view(SCALE_DTYPE)
+        elif fmt.is_lossless:
+            views[plane.name] = data.unflatten(-1, (page_size, -1)).view(fmt.dtype)
+        elif plane.name == "v_rows":
+            views[plane.name] = data.unflatten(-1, (-1, plane.row_bytes, PAGE_ALIGNMENT))
+        else:
+            views[plane.name] = data.unflatten(-1, (page_size, -1))
+    return views
+
+
+def store(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+) -> None:
+    """Write new tokens as the last `q` of each row's `seq_lens` tokens, in place.
+
+    Args:
+        cache: `[B, Hkv, page_bytes]` uint8, one page per batch row.
+        k, v: `[B, Hkv, q, D]`; v may have another head dimension.
+        seq_lens: `[]` or `[B]` int64, the lengths *after* the append. Tokens that would land at a
+            negative position, or past the end of the page, are skipped.
+    """
+    batch, _, new, _ = k.shape
+    page_size = fmt.page_size(cache.shape[-1])
+    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new, device=k.device)
+    rows, tokens = torch.nonzero((positions >= 0) & (positions < page_size), as_tuple=True)
+    slots = positions[rows, tokens]
+    views = _planes(cache, fmt)
+    new_k, new_v = k.transpose(1, 2)[rows, tokens], v.transpose(1, 2)[rows, tokens]  # [n, Hkv, D]
+    if fmt.is_lossless:
+        views["k_rows"][rows, :, slots] = new_k.to(fmt.dtype)
+        views["v_rows"][rows, :, slots] = new_v.to(fmt.dtype)
+        return
+    codes, scales = encode_vectors(new_k, fmt.k_bits, k_rotation)
+    views["k_rows"][rows, :, slots] = pack(codes, fmt.k_bits)
+    views["k_scales"][rows, :, slots] = scales
+    codes, scales = encode_vectors(new_v, fmt.v_bits, v_rotation)
+    group, lane = slots // PAGE_ALIGNMENT, slots % PAGE_ALIGNMENT
+    views["v_rows"][rows, :, group, :, lane] = pack(codes, fmt.v_bits)
+    views["v_scales"][rows, :, slots] = scales
+
+
+def load(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+    max_len: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `max_len` keys and values `[B, Hkv, max_len, D]` float32; zero past `seq_lens`.
+
+    See `store` for the arguments.
+    """
+    views = _planes(cache, fmt)
+    slot = torch.arange(max_len, device=cache.device)
+    filled = (slot < seq_lens.expand(cache.shape[0])[:, None])[:, None, :, None]  # [B, 1, max_len, 1]
+    if fmt.is_lossless:
+        k = views["k_rows"][:, :, :max_len].to(torch.float32)
+        v = views["v_rows"][:, :, :max_len].to(torch.float32)
+    else:
+        k_rows = views["k_rows"][:, :, :max_len]
+        groups = -(-max_len // PAGE_ALIGNMENT)
+        v_rows = views["v_rows"][:, :, :groups].transpose(-1, -2).flatten(2, 3)[:, :, :max_len]
+        k_scales, v_scales = views["k_scales"][:, :, :max_len], views["v_scales"][:, :, :max_len]
+        k = decode_vectors(unpack(k_rows, fmt.k_bits), k_scales, fmt.k_bits, k_rotation)
+        v = decode_vectors(unpack(v_rows, fmt.v_bits), v_scales, fmt.v_bits, v_rotation)
+    return torch.where(filled, k, 0.0), torch.where(filled, v, 0.0)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention, in the dtype of its inputs (float64 for an oracle).
+
+    Args:
+        q: `[B, H, q, D]`; k, v: `[B, Hkv, L, D]`; query head h reads KV head h * Hkv / H.
+        visible: bool, broadcastable to `[B, H, q, L]`. A row that sees nothing gives zeros.
+        bias: added to the scaled scores, broadcastable likewise.
+
+    Returns:
+        `[B, H, q, Dv]`.
+    """
+    groups = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~visible, float("-inf"))
+    peak = scores.amax(-1, keepdim=True)
+    weights = torch.where(peak.isneginf(), 0.0, (scores - peak).exp())
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+    return weights @ v.repeat_interleave(groups, 1)
+
+
+def visible_keys(
+    attn_mask: torch.Tensor | None, seq_lens: torch.Tensor, q_len: int, max_len: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `tq_decode` lets each query see: `(visible [B|1, H|1, q, max_len], bias or None)`.
+
+    A mask decides alone (slots past `seq_lens` are keys of zeros, as in SDPA over what a cache
+    returns). Without one, the queries are the last `q_len` tokens and see all before and themselves
+    (causal, aligned bottom-right).
+    """
+    if attn_mask is None:
+        slot = torch.arange(max_len, device=seq_lens.device)
+        last = seq_lens.reshape(-1, 1) - q_len + torch.arange(q_len, device=seq_lens.device)
+        return (slot <= last[..., None])[:, None], None
+    if attn_mask.dtype == torch.bool:
+        return attn_mask, None
+    return ~attn_mask.isneginf(), attn_mask
+
+
+def dequantize(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+    max_len: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`."""
+    filled = min(int(seq_lens.max()), max_len)
+    outputs = []
+    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled):
+        outputs.append(torch.nn.functional.pad(x.to(dtype), (0, 0, 0, max_len - filled)))
+    return outputs[0], outputs[1]
+
+
+def decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    fmt: KVFormat,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`, in float32 inside."""
+    visible, bias = visible_keys(attn_mask, seq_lens, q.shape[2], max_len)
+    columns = visible.flatten(0, -2).any(0).nonzero()
+    end = int(columns[-1]) + 1 if len(columns) else 0  # read no slot that nothing sees
+    if end == 0:
+        return q.new_zeros((*q.shape[:-1], fmt.v_head_dim))
+    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end)
+    bias = None if bias is None else bias[..., :end].to(torch.float32)
+    return attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias).to(q.dtype)
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Ragged attention: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]` -> `[Tq, H, Dv]`."""
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])
+        q_len, k_len = rows.stop - rows.start, keys.stop - keys.start
+        if not q_len or not k_len:
+            continue
+        seen = torch.arange(q_len)[:, None] + k_len - q_len if is_causal else torch.tensor(k_len)
+        visible = torch.arange(k_len) <= seen
+        new_q, new_k, new_v = (
+            x.transpose(0, 1)[None].to(torch.float32) for x in (q[rows], k[keys], v[keys])
+        )
+        out[rows] = attention(new_q, new_k, new_v, visible, scale)[0].transpose(0, 1).to(q.dtype)
+    return out

@@ -1,0 +1,221 @@
+"""`PackedStorage`: the buffers of one layer's packed KV cache and their length; `PackedKVCache`.
+
+The length lives on the device, so that a CUDA graph can advance it. The host keeps a mirror of it,
+checked against the tensor's version counter: a full cache is an error before anything is written,
+without a synchronisation per step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
+from .errors import CacheFullError, CacheMismatchError
+from .format import KVFormat, round_up
+from .rotation import rotation_matrix
+
+
+def known_length(seq_length: torch.Tensor) -> int | None:
+    """The value of a 0-d length tensor without a host sync where possible.
+
+    Reads the device only after something other than this package changed the tensor. None while a
+    CUDA graph is being captured, when a length cannot be read.
+    """
+    if not seq_length.is_cuda:
+        return int(seq_length)
+    version, length = getattr(seq_length, "_tq_known_length", (None, 0))
+    if version != seq_length._version:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        length = int(seq_length)
+        note_length(seq_length, length)
+    return length
+
+
+def note_length(seq_length: torch.Tensor, length: int) -> None:
+    """Record that the device now holds `length`, after a change that this package made."""
+    if seq_length.is_cuda:
+        seq_length._tq_known_length = (seq_length._version, length)  # type: ignore[attr-defined]
+
+
+def check_room(seq_length: torch.Tensor, new_tokens: int, max_len: int) -> int | None:
+    """The length after appending `new_tokens`; raises `CacheFullError` if they do not fit."""
+    length = known_length(seq_length)
+    if length is None:
+        return None
+    if length + new_tokens > max_len:
+        raise CacheFullError(
+            f"the KV cache is full: it holds {length} of at most {max_len} tokens and cannot take "
+            f"{new_tokens} more. Nothing was written. Make a cache with a larger max_len (max_cache_len "
+            f"for TurboQuantCache; at least {length + new_tokens} here), or call reset() or crop() first."
+        )
+    return length + new_tokens
+
+
+class _NoBackward(torch.autograd.Function):
+    """Identity on what a cache returns; an error instead of a silently missing gradient."""
+
+    @staticmethod
+    def forward(ctx, k, v, new_k, new_v):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        return k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN205
+        # An op, so that Dynamo can trace this and the error comes only if a backward really runs.
+        refused = torch.ops.tq_inductor.tq_refuse_backward(grads[0])
+        return None, None, refused, refused
+
+
+class PackedStorage:
+    """One layer's keys and values in packed form: allocate, append, read.
+
+    Attributes:
+        packed: uint8 `[batch_size, num_kv_heads, page_bytes]`, laid out as `format` says.
+        seq_length: int64 `[]`, the tokens held, on the device.
+    """
+
+    packed: torch.Tensor
+    seq_length: torch.Tensor
+    k_rotation: torch.Tensor
+    v_rotation: torch.Tensor
+    format: KVFormat
+    max_len: int
+    dtype: torch.dtype
+
+    def allocate(
+        self, fmt: KVFormat, batch_size: int, num_kv_heads: int, max_len: int,
+        dtype: torch.dtype, device: torch.device | str,
+    ) -> None:  # fmt: skip
+        """Make the buffers, empty. `dtype` is that of the keys and values taken and returned."""
+        self.format, self.max_len, self.dtype = fmt, max_len, dtype
+        page_bytes = round_up(max_len) * fmt.slot_bytes
+        # Outside inference mode, since tensors made inside it have no version counter.
+        with torch.inference_mode(False):
+            self.packed = torch.zeros(
+                (batch_size, num_kv_heads, page_bytes), dtype=torch.uint8, device=device
+            )
+            self.seq_length = torch.zeros((), dtype=torch.int64, device=device)
+            self.k_rotation = rotation_matrix(fmt.head_dim, device)
+            same = fmt.v_head_dim == fmt.head_dim
+            self.v_rotation = self.k_rotation if same else rotation_matrix(fmt.v_head_dim, device)
+        if not torch.compiler.is_compiling():  # CUDA graphs take them where they are
+            for buffer in (self.packed, self.seq_length, self.k_rotation, self.v_rotation):
+                torch._dynamo.mark_static_address(buffer)
+
+    def check_fits(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Raise `CacheMismatchError` unless k and v are `[B, Hkv, q, D]` as this storage takes them."""
+        batch_size, num_kv_heads, _ = self.packed.shape
+        for name, x, dim in (("k", k, self.format.head_dim), ("v", v, self.format.v_head_dim)):
+            expected = [batch_size, num_kv_heads, k.shape[-2], dim]
+            if x.dim() != 4 or list(x.shape) != expected:
+                raise CacheMismatchError(
+                    f"{name} has shape {list(x.shape)}, but this cache takes [batch_size={batch_size}, "
+                    f"num_kv_heads={num_kv_heads}, new tokens (as many in k as in v), head_dim={dim}]. "
+                    "Nothing was written. Make a new cache for another batch size or model."
+                )
+            if x.dtype != self.dtype:
+                raise CacheMismatchError(
+                    f"{name} is {x.dtype}, but this cache was made for {self.dtype}. Nothing was "
+                    f"written. Cast {name}, or make the cache with dtype={x.dtype}."
+                )
+            if x.device != self.packed.device:
+                raise CacheMismatchError(
+                    f"{name} is on {x.device}, but this cache is on {self.packed.device}. Nothing was "
+                    f"written. Move {name}, or make the cache with device='{x.device}'."
+                )
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append `[B, Hkv, q, D]`; raises before anything is written if they do not fit."""
+        self.check_fits(k, v)
+        compiling = torch.compiler.is_compiling()  # compiled graphs are checked by the compiler
+        length = None if compiling else check_room(self.seq_length, k.shape[2], self.max_len)
+        self.seq_length.add_(k.shape[2])
+        if length is not None:
+            note_length(self.seq_length, length)
+        torch.ops.tq_inductor.tq_store(
+            self.packed, k, v, self.seq_length, self.k_rotation, self.v_rotation, self.format.name
+        )
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, `[B, Hkv, max_len, D]` of `dtype`; zero past the length."""
+        k, v = torch.ops.tq_inductor.tq_dequantize(
+            self.packed, self.seq_length, self.k_rotation, self.v_rotation,
+            self.format.name, self.max_len, self.dtype,
+        )  # fmt: skip
+        return k, v
+
+    def append_and_read(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`append`, then `read`; a backward through what it returns is an error."""
+        self.append(k, v)
+        keys, values = self.read()
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            keys, values = _NoBackward.apply(keys, values, k, v)
+        return keys, values
+
+    def clear(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.seq_length.zero_()
+        note_length(self.seq_length, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage that holds keys, values and scales."""
+        return self.packed.untyped_storage().nbytes()
+
+
+class PackedKVCache(PackedStorage, nn.Module):
+    """The packed KV cache of one attention layer, for hand-written models.
+
+    In the model, `keys, values = cache.update(k, v)` and then ordinary
+    `scaled_dot_product_attention(q, keys, values, attn_mask)`, with a mask over slots such as
+    `torch.arange(max_len) < cache.seq_length`. Right by itself; under
+    `torch.compile(backend="turboquant")` the packed bytes are read directly.
+
+    Args:
+        batch_size, num_kv_heads, head_dim: as in k `[batch_size, num_kv_heads, q, head_dim]`.
+        max_len: tokens that fit.
+        kv_format: see `KVFormat`.
+        dtype: of the keys and values taken and returned.
+        v_head_dim: head dimension of values; that of keys unless given.
+
+    Raises:
+        FormatError: a format or head dimension that cannot be stored.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_len: int,
+        *,
+        kv_format: str = "k4v4",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+        v_head_dim: int | None = None,
+    ) -> None:
+        fmt = KVFormat(kv_format, head_dim, v_head_dim or head_dim)
+        super().__init__()
+        for name in ("packed", "seq_length", "k_rotation", "v_rotation"):
+            self.register_buffer(name, None, persistent=False)
+        self.allocate(fmt, batch_size, num_kv_heads, max_len, dtype, device)
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append k and v `[B, Hkv, q, D]`; all keys and values, `[B, Hkv, max_len, D]`.
+
+        Slots past the length are zero; `seq_length` counts the new tokens already.
+
+        Raises:
+            CacheFullError: no room for q more tokens; nothing was written.
+            CacheMismatchError: shapes, dtype or device do not fit; nothing was written.
+        """
+        return self.append_and_read(k, v)
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.clear()
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{self.format.describe()}, max_len={self.max_len}, {self.nbytes} bytes"
