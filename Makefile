@@ -2,19 +2,20 @@
 # To use an environment that you have, name its python: `make test-gpu PYTHON=python3`.
 PYTHON ?= .venv/bin/python
 TORCH ?= torch==2.13.0
+SETUP := $(filter .venv/bin/python,$(PYTHON))
 
-.PHONY: demo test test-gpu lint docs
+.PHONY: demo test test-gpu lint
 
-demo: $(PYTHON)
+demo: $(SETUP)
 	$(PYTHON) -m tq_inductor.cli demo
 
-test: $(PYTHON) lint
-	$(PYTHON) -P -m pytest -m "not gpu"
+test: $(SETUP) lint
+	$(PYTHON) -P -m pytest -m "not gpu" -n 2
 
-test-gpu: $(PYTHON)
-	$(PYTHON) -P -m pytest -m gpu
+test-gpu: $(SETUP)
+	$(PYTHON) -P -m pytest -m gpu -n 10
 
-lint: $(PYTHON)
+lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	rm -rf build/types && $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/types .

@@ -56,7 +56,7 @@ class PackedSource:
     k_rotation: fx.Node
     v_rotation: fx.Node
     kv_format: str
-    max_len: int
+    max_len: fx.Node | int
     dtype: torch.dtype
     store: fx.Node | None
     obstacles: tuple[str, ...]

@@ -6,6 +6,7 @@ Inside it the length is known only to the device, and reading it would be a host
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,41 +18,54 @@ from .find_calls import value_of
 from .kv_source import OPS, calls_op
 
 
+@dataclass
+class _Append:
+    """What the graph appends to the cache whose length is one of its inputs; sizes may be symbolic."""
+
+    new_tokens: Any
+    limits: list[Any]  # tokens that fit: all of these
+
+
 def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], None]] | None:
     """A function of the graph's inputs that raises `CacheFullError` if an append would not fit.
 
     It returns another one, to be called after the graph has run, that records the new lengths. None if
     the graph appends to no cache that is an input.
     """
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    rooms: dict[int, tuple[Any, int]] = {}  # input of the length -> (new tokens, tokens that fit)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    appends: dict[int, _Append] = {}  # by the input that holds the length
     for node in graph.nodes:
-        if not (calls_op(node, OPS.tq_store) or calls_op(node, OPS.tq_append_attend)):
+        named = _arguments(node)
+        seq_lens = named.get("seq_lens")
+        if seq_lens not in inputs or value_of(seq_lens).dim() != 0:
             continue
-        first = 1 if calls_op(node, OPS.tq_store) else 2
-        cache, new_k, seq_lens = node.args[0], node.args[first], node.args[first + 2]
-        if seq_lens not in placeholders or value_of(seq_lens).dim() != 0:
-            continue
-        room = _capacity(graph, node, cache, first)
-        rooms[placeholders.index(seq_lens)] = (value_of(new_k).shape[2], room)
-    if not rooms:
+        index = inputs.index(seq_lens)
+        if "k" in named:
+            appends[index] = _Append(value_of(named["k"]).shape[2], [_page_size(named)])
+        if "max_len" in named and index in appends:
+            appends[index].limits.append(value_of(named["max_len"]))
+    if not appends:
         return None
-    symbols = {}
-    for i, node in enumerate(placeholders):
-        if isinstance(value_of(node), torch.SymInt):
-            symbols[value_of(node).node.expr] = i
+    symbols = {
+        value_of(node).node.expr: i
+        for i, node in enumerate(inputs)
+        if isinstance(value_of(node), torch.SymInt)
+    }
 
-    def new_tokens(count: Any, args: tuple[Any, ...]) -> int:
-        if isinstance(count, int):
-            return count
-        expr = count.node.expr
-        return int(expr.xreplace({s: args[i] for s, i in symbols.items() if s in expr.free_symbols}))
+    def size(value: Any, args: tuple[Any, ...]) -> int:
+        if isinstance(value, int):
+            return value
+        expr = value.node.expr
+        return int(expr.xreplace({symbol: args[symbols[symbol]] for symbol in expr.free_symbols}))
 
     def check(args: tuple[Any, ...]) -> Callable[[], None]:
-        after = {i: check_room(args[i], new_tokens(n, args), room) for i, (n, room) in rooms.items()}
+        lengths = {}
+        for i, append in appends.items():
+            room = min(size(limit, args) for limit in append.limits)
+            lengths[i] = check_room(args[i], size(append.new_tokens, args), room)
 
         def note() -> None:
-            for i, length in after.items():
+            for i, length in lengths.items():
                 if length is not None:
                     note_length(args[i], length)
 
@@ -60,17 +74,16 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
     return check
 
 
-def _capacity(graph: fx.Graph, append: fx.Node, cache: fx.Node, first: int) -> int:
-    """Tokens that fit: the smallest `max_len` with which the graph reads this cache, else its pages."""
-    k_rotation, v_rotation, kv_format = (
-        append.args[first + 3], append.args[first + 4],
-        append.args[first + 5 if first == 1 else first + 6],
-    )  # fmt: skip
-    fmt = KVFormat(str(kv_format), value_of(k_rotation).shape[0], value_of(v_rotation).shape[0])
-    limits = [fmt.page_size(value_of(cache).shape[-1])]
-    for node in graph.nodes:
-        if calls_op(node, OPS.tq_dequantize) and node.args[0] is cache:
-            limits.append(node.args[5])
-        elif calls_op(node, OPS.tq_append_attend) and node.args[0] is cache:
-            limits.append(node.args[9])
-    return min(limits)
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of one of our ops by name; empty for any other node."""
+    for op in (OPS.tq_store, OPS.tq_append_attend, OPS.tq_decode, OPS.tq_dequantize):
+        if calls_op(node, op):
+            names = [argument.name for argument in op.default._schema.arguments]
+            return dict(zip(names, node.args, strict=True))
+    return {}
+
+
+def _page_size(named: dict[str, Any]) -> Any:
+    """Tokens in a page of the cache of these arguments."""
+    dims = (value_of(named[name]).shape[0] for name in ("k_rotation", "v_rotation"))
+    return KVFormat(named["kv_format"], *dims).page_size(value_of(named["cache"]).shape[-1])

@@ -91,7 +91,7 @@ def _describe(sdpa: SDPANode, key: fx.Node, value: fx.Node, source: PackedSource
 
 def _source_name(key: fx.Node, source: PackedSource | None) -> str:
     if source:
-        return f"a packed cache, {source.kv_format}, max_len={source.max_len}"
+        return f"a packed cache, {source.kv_format}, max_len={value_of(source.max_len)}"
     if key.op == "placeholder":
         return "an input of the graph"
     return "computed here"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys as _sys
 from importlib import import_module as _import_module
+from importlib.machinery import PathFinder as _PathFinder
+from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
 from typing import Any as _Any
 
@@ -20,7 +23,10 @@ _LAZY = {
 # they cannot be called top-level packages (transformers imports a distribution named `kernels`).
 _checkout = _Path(__file__).resolve().parent.parent
 if not (_checkout / "tq_inductor" / "kernels").is_dir() and (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))
+    # Not by `__path__`: it would hold `tq_inductor.tq_inductor` too, and TORCH_LOGS walks all it holds.
+    for _name in ("kernels", "lowering"):
+        if _spec := _PathFinder.find_spec(f"{__name__}.{_name}", [str(_checkout)]):
+            globals()[_name] = _sys.modules[_spec.name] = _module_from_spec(_spec)
 
 __all__ = ["KVFormat", "PackedKVCache", "TurboQuantCache", "attention_backends", "explain"]
 

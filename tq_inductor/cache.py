@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
@@ -30,11 +31,23 @@ log = logging.getLogger("tq_inductor.cache")
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
 
 
+@dataclass
+class AnnouncedLength:
+    """How many keys the mask of this forward pass was made for; shared by the layers of a cache."""
+
+    kv_length: int = 0
+
+
 class TurboQuantLayer(PackedStorage, CacheLayerMixin):
     """The packed keys and values of one full-attention layer.
 
     `fresh` is True until the first append: that chunk is its own whole context, so attention takes its
     raw keys and values (exact and plain prefill), and the length is the Python int 0.
+
+    After that, attention gets all slots in a compiled graph, whose shapes must not change from step to
+    step, and just the tokens held otherwise: uncompiled, transformers leaves a mask of one query out,
+    and empty slots would be seen. Mask and keys may be made on different sides of a graph break, so
+    `update` returns as many keys as `get_mask_sizes` announced.
     """
 
     # Not "compileable" in transformers' sense: that would make `generate` compile the model with
@@ -44,10 +57,11 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
     is_croppable = True
     supports_early_init = True
 
-    def __init__(self, max_cache_len: int, kv_format: str) -> None:
+    def __init__(self, max_cache_len: int, kv_format: str, announced: AnnouncedLength) -> None:
         # Not CacheLayerMixin.__init__, which sets `keys` and `values`: here these are decoded on demand.
         self.max_len = round_up(max_cache_len)
         self.kv_format = kv_format
+        self.announced = announced
         self.is_initialized = False
         self.fresh = True
 
@@ -61,7 +75,7 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, q, D]`; what attention must see: the first chunk itself, later all slots.
+        """Append `[B, Hkv, q, D]`; what attention must see: the first chunk itself, later the cache.
 
         Raises:
             CacheFullError, CacheMismatchError: before anything is written.
@@ -69,14 +83,26 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not self.fresh:
-            return self.append_and_read(key_states, value_states)
+            kv_length, announced = self._kv_length(key_states.shape[-2]), self.announced.kv_length
+            if announced and (torch.compiler.is_compiling() or announced == self.max_len):
+                kv_length = announced  # by the other side of a graph break, perhaps
+            return self.append_and_read(key_states, value_states, kv_length)
         self.append(key_states, value_states)
         self.fresh = False
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys that the next `update` returns, position of the first)."""
-        return (query_length if self.fresh else self.max_len), 0
+        if self.fresh:
+            self.announced.kv_length = 0
+            return query_length, 0
+        self.announced.kv_length = self._kv_length(query_length)
+        return self.announced.kv_length, 0
+
+    def _kv_length(self, new_tokens: int) -> int:
+        """Keys that attention sees after appending: all slots if shapes must not change."""
+        length = None if torch.compiler.is_compiling() else known_length(self.seq_length)
+        return self.max_len if length is None else min(length + new_tokens, self.max_len)
 
     def get_seq_length(self) -> int:
         """Tokens held: 0, then a 0-d tensor (a Python int would recompile at every step)."""
@@ -94,12 +120,12 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:
         """Decoded keys of the tokens held, `[B, Hkv, length, D]` (for models that read them directly)."""
-        return self.read()[0][:, :, : int(self.seq_length)] if self.is_initialized else None
+        return self.read(int(self.seq_length))[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """Decoded values of the tokens held, `[B, Hkv, length, D]`."""
-        return self.read()[1][:, :, : int(self.seq_length)] if self.is_initialized else None
+        return self.read(int(self.seq_length))[1] if self.is_initialized else None
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
@@ -248,10 +274,12 @@ class TurboQuantCache(Cache):
         sixteen_bit = SIXTEEN_BIT.get(dtype or getattr(decoder, "dtype", None) or torch.bfloat16, "bf16")
         # Multi-head latent attention caches latents, from which keys are made only after the cache.
         latent = getattr(decoder, "kv_lora_rank", None) is not None
+        announced = AnnouncedLength()
         for i, layer in enumerate(layers):
             if type(layer) is StaticLayer:
                 kept = latent or i in skipped
-                layers[i] = TurboQuantLayer(max_cache_len, sixteen_bit if kept else kv_format)
+                name = sixteen_bit if kept else kv_format
+                layers[i] = TurboQuantLayer(max_cache_len, name, announced)
             elif type(layer) is StaticSlidingWindowLayer:
                 layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len)
         super().__init__(layers=layers)

@@ -33,12 +33,12 @@ _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
 
 for _schema in (
     f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format) -> ()",
-    f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, int max_len, ScalarType dtype)"
+    f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype)"
     " -> (Tensor, Tensor)",
     f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask, str kv_format,"
-    " int max_len, float scale) -> Tensor",
+    " SymInt max_len, float scale) -> Tensor",
     f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
-    " Tensor? attn_mask, str kv_format, int max_len, float scale) -> Tensor",
+    " Tensor? attn_mask, str kv_format, SymInt max_len, float scale) -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
     " int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> Tensor",
     "tq_refuse_backward(Tensor grad) -> Tensor",

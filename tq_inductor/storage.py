@@ -137,18 +137,20 @@ class PackedStorage:
             self.packed, k, v, self.seq_length, self.k_rotation, self.v_rotation, self.format.name
         )
 
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, `[B, Hkv, max_len, D]` of `dtype`; zero past the length."""
+    def read(self, kv_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `kv_length` keys and values, `[B, Hkv, kv_length, D]`; zero past those held."""
         k, v = torch.ops.tq_inductor.tq_dequantize(
             self.packed, self.seq_length, self.k_rotation, self.v_rotation,
-            self.format.name, self.max_len, self.dtype,
+            self.format.name, kv_length, self.dtype,
         )  # fmt: skip
         return k, v
 
-    def append_and_read(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append_and_read(
+        self, k: torch.Tensor, v: torch.Tensor, kv_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`append`, then `read`; a backward through what it returns is an error."""
         self.append(k, v)
-        keys, values = self.read()
+        keys, values = self.read(kv_length)
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             keys, values = _NoBackward.apply(keys, values, k, v)
         return keys, values
@@ -210,7 +212,7 @@ class PackedKVCache(PackedStorage, nn.Module):
             CacheFullError: no room for q more tokens; nothing was written.
             CacheMismatchError: shapes, dtype or device do not fit; nothing was written.
         """
-        return self.append_and_read(k, v)
+        return self.append_and_read(k, v, self.max_len)
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""

@@ -1,0 +1,105 @@
+"""Device functions that the kernels share: unpack codes, look centroids up, quantise, rotate.
+
+A centroid is an e4m3 value, and an e4m3 byte becomes fp16 by moving its bits: sign to the top, the
+other seven below it. That gives the value / 256, exactly, subnormals included; a kernel multiplies
+its result by `FP16_UNIT`. No native fp8 type is needed, and no byte decodes to NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..codebook import FP8_UNIT, codebook
+
+FP16_UNIT = tl.constexpr(256.0)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+FP8_MAX = tl.constexpr(448.0)
+
+
+def magnitude_words(bits: int) -> tuple[int, int]:
+    """The e4m3 bytes of the magnitudes of a codebook, four to a word: (first four, last four)."""
+    if bits not in (2, 3, 4):
+        return 0, 0
+    table = int.from_bytes(bytes(codebook(bits).fp8_bytes), "little")
+    return table & 0xFFFFFFFF, table >> 32
+
+
+def quantiser(bits: int) -> tuple[tuple[float, ...], float]:
+    """Magnitudes (none for 8 bits) and e4m3 units per standard deviation."""
+    if bits not in (2, 3, 4):
+        return (), FP8_UNIT
+    return codebook(bits).magnitudes, codebook(bits).unit
+
+
+def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:
+    """The dtype of tensor-core operands: that of the inputs if all are of one 16-bit type."""
+    if set(dtypes) == {torch.bfloat16}:
+        return tl.bfloat16
+    return tl.float16 if set(dtypes) == {torch.float16} else tl.float32
+
+
+@triton.jit
+def load_centroids(
+    row_ptr, dims, mask, BITS: tl.constexpr, DIM: tl.constexpr, LO: tl.constexpr,
+    HI: tl.constexpr, BYTE_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """The centroids of `dims` of the packed rows at `row_ptr`, in fp16, divided by 256.
+
+    `row_ptr`, `dims` and `mask` broadcast to one tile; masked-out places read nothing. A byte that
+    holds several codes is loaded once for each (the later loads hit the first-level cache).
+    """
+    if BITS == 8:
+        byte = tl.load(row_ptr + dims * BYTE_STRIDE, mask=mask, other=0).to(tl.int32)
+        bits = (byte & 0x7F) << 7 | (byte & 0x80) << 8
+    else:
+        PLANE_BITS: tl.constexpr = 2 if BITS == 3 else BITS
+        PLANE_BYTES: tl.constexpr = DIM * PLANE_BITS // 8
+        byte = tl.load(row_ptr + dims % PLANE_BYTES * BYTE_STRIDE, mask=mask, other=0).to(tl.int32)
+        code = byte >> dims // PLANE_BYTES * PLANE_BITS
+        if BITS == 3:
+            sign_ptr = row_ptr + (PLANE_BYTES + dims % (DIM // 8)) * BYTE_STRIDE
+            sign = tl.load(sign_ptr, mask=mask, other=0).to(tl.int32) >> dims // (DIM // 8)
+        else:
+            sign = code >> BITS - 1
+        magnitude = tl.where(code & 4 != 0, HI, LO) if BITS == 4 else LO
+        INDEX_MASK: tl.constexpr = 1 if BITS == 2 else 3
+        magnitude = magnitude >> (code & INDEX_MASK) * 8 & 0x7F
+        bits = magnitude << 7 | (sign & 1) << 15
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def fp8_byte(x):
+    """The e4m3 byte, int32, of float32 `x` within +-448, rounded to nearest even."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = bits >> 24 & 0x80
+    bits = bits & 0x7FFFFFFF
+    normal = (bits + 0x7FFFF + (bits >> 20 & 1) >> 20) - (120 << 3)  # exponent bias 127 -> 7
+    # Adding 2**14, whose last bit is worth 2**-9, rounds to a whole number of subnormal steps.
+    shifted = bits.to(tl.float32, bitcast=True) + 16384.0
+    subnormal = shifted.to(tl.int32, bitcast=True) - (141 << 23)
+    return sign | tl.where(bits < 121 << 23, subnormal, normal)
+
+
+@triton.jit
+def encode(y, to_grid, BITS: tl.constexpr, MAGNITUDES: tl.constexpr):
+    """Codes (int32) of rotated coordinates, and their centroids (float32) in e4m3 units.
+
+    `y * to_grid` is in e4m3 units. NaN (also 0 * inf, of a zero vector) gets code 0.
+    """
+    if BITS == 8:
+        grid = y * to_grid
+        clamped = tl.minimum(tl.maximum(grid, -FP8_MAX), FP8_MAX)
+        code = fp8_byte(tl.where(grid == grid, clamped, 0.0))
+        bits = ((code & 0x7F) << 7 | (code & 0x80) << 8).to(tl.int16)
+        centroid = bits.to(tl.float16, bitcast=True).to(tl.float32) * FP16_UNIT
+    else:
+        grid = tl.abs(y) * to_grid
+        code = tl.where(y < 0, 1 << BITS - 1, 0)
+        centroid = tl.zeros_like(y) + MAGNITUDES[0]
+        for i in tl.static_range(1, len(MAGNITUDES)):
+            above = grid > (MAGNITUDES[i - 1] + MAGNITUDES[i]) / 2
+            code += above.to(tl.int32)
+            centroid += tl.where(above, MAGNITUDES[i] - MAGNITUDES[i - 1], 0.0)
+        centroid = tl.where(y < 0, -centroid, centroid)
+    return code, centroid

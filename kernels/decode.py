@@ -1,0 +1,371 @@
+"""Attention of a few new tokens over a packed cache: split-KV flash decoding, grouped by KV head.
+
+Three launches (two for a lossless format):
+
+1. `rotate_kernel`: q @ rotation in float32, so that scores are taken against codes as they lie.
+2. `decode_split_kernel`: grid (splits x row blocks x blocks of value dimensions, KV heads, batch).
+   A program reads a run of tiles of one KV head once for all query rows (heads of the group x new
+   tokens) of its block, with two tensor-core dots a tile, and writes a normalised partial output and
+   the base-2 logarithm of its sum of weights. Runs divide what is visible (without a mask: the
+   device's length), so a cache filled to a fraction f costs f; the grid depends on static sizes only.
+3. `decode_reduce_kernel`: one program per query row adds the partials up in a fixed order and
+   rotates the sum back.
+
+With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
+by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.
+Bytes: the packed rows and scales of visible slots, once per row block; partials stay in cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..format import PAGE_ALIGNMENT, KVFormat
+from .bits import FP16_UNIT, TINY, load_centroids, magnitude_words, operand_dtype
+
+CTAS_PER_SM = 4  # at 128 threads and up to 128 registers each
+CPU_SMS = 2  # in the interpreter
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr, rotation_ptr, out_ptr, stride_b, stride_h, stride_t, stride_d, rows, heads, tokens,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, tokens, D] float32, contiguous = x @ rotation."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    batch, head = row // tokens // heads, row // tokens % heads
+    x_ptr += batch * stride_b + head * stride_h + row % tokens * stride_t
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        dims = start + tl.arange(0, BLOCK_K)
+        mask = (row < rows)[:, None] & (dims < DIM)[None, :]
+        x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
+        mask = (dims < DIM)[:, None] & (columns < DIM)[None, :]
+        rotation = tl.load(rotation_ptr + dims[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
+        out = tl.dot(x.to(tl.float32), rotation, out, input_precision="ieee")
+    mask = (row < rows)[:, None] & (columns < DIM)[None, :]
+    tl.store(out_ptr + row[:, None] * DIM + columns[None, :], out, mask=mask)
+
+
+@triton.jit
+def load_query(q_ptr, stride_d, valid, start, inv_peak, OPERAND: tl.constexpr, DIM: tl.constexpr,
+               BLOCK_D: tl.constexpr):  # fmt: skip
+    """Coordinates `start`.. of the query rows at `q_ptr` [BLOCK_M], times `inv_peak` if converted."""
+    dims = start + tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (dims < DIM)[None, :]
+    q = tl.load(q_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
+    if q.dtype == OPERAND:
+        return q  # [BLOCK_M, BLOCK_D]
+    else:
+        return (q * inv_peak[:, None]).to(OPERAND)
+
+
+@triton.jit
+def load_rows(rows_ptr, slots, start, filled, first, BITS: tl.constexpr, LO: tl.constexpr,
+              HI: tl.constexpr, OPERAND: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
+              BLOCK_D: tl.constexpr):  # fmt: skip
+    """Coordinates `first`.. of the rows of slots `start + slots` of a plane of interleave `GROUP`.
+
+    Zero at and past `filled` in a lossless format; a packed one yields finite centroids there.
+    """
+    dims = (first + tl.arange(0, BLOCK_D))[None, :]
+    if BITS == 16:
+        mask = (start + slots < filled)[:, None] & (dims < DIM)
+        row_ptr = rows_ptr + tl.cast(start, tl.int64) * DIM + slots[:, None] * DIM
+        x = tl.load(row_ptr + dims, mask=mask, other=0.0)
+    else:
+        ROW: tl.constexpr = DIM * BITS // 8
+        # A mask per group of slots, for loads that are as wide as a group.
+        group = slots // GROUP * GROUP
+        mask = (start + group < filled)[:, None] & (dims < DIM)
+        row_ptr = rows_ptr + tl.cast(start, tl.int64) * ROW + (group * ROW + slots % GROUP)[:, None]
+        x = load_centroids(row_ptr, dims, mask, BITS, DIM, LO, HI, GROUP)
+    return x.to(OPERAND)  # [BLOCK_N, BLOCK_D]
+
+
+@triton.jit
+def load_mask(mask_ptr, stride_n, slots, valid, max_len, MASK: tl.constexpr):
+    """What rows at `mask_ptr` [BLOCK_M] see of `slots`, and what is added to their scores."""
+    inside = valid[:, None] & (slots < max_len)[None, :]
+    ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * stride_n
+    if MASK == BOOL_MASK:
+        visible = tl.load(ptrs, mask=inside, other=0) != 0  # [BLOCK_M, BLOCK_N]
+        bias = 0.0
+    else:
+        bias = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
+        visible = bias != float("-inf")
+    return visible, bias * LOG2_E
+
+
+@triton.jit
+def attend_tile(
+    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, page_ptr, v_offset,
+    k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr,
+    V_HI: tl.constexpr, OPERAND: tl.constexpr, ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One tile of slots from `start`: the online softmax of flash attention, base 2."""
+    PACKED: tl.constexpr = K_BITS != 16
+    slots = tl.arange(0, BLOCK_N)
+    row_type: tl.constexpr = tl.pointer_type(ROW_DTYPE)
+    k_ptr, v_ptr = page_ptr.to(row_type), (page_ptr + v_offset).to(row_type)
+    scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    for first in range(0, K_DIM, BLOCK_D):
+        if K_DIM > BLOCK_D:
+            q = load_query(q_ptr, q_stride_d, valid, first, inv_peak, OPERAND, K_DIM, BLOCK_D)
+        k = load_rows(
+            k_ptr, slots, start, filled, first, K_BITS, K_LO, K_HI, OPERAND, K_DIM, 1, BLOCK_D
+        )  # [BLOCK_N, BLOCK_D]
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+    if PACKED:
+        known = start + slots < filled
+        k_scale = tl.load(k_scale_ptr + start + slots, mask=known, other=0.0).to(tl.float32)
+        scores *= (k_scale * FP16_UNIT)[None, :]
+    scores = tl.where(visible, scores * q_scale[:, None] + bias, float("-inf"))
+
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores - origin[:, None])  # [BLOCK_M, BLOCK_N]
+    decay = tl.exp2(peak - origin)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = acc * decay[:, None]
+    v = load_rows(
+        v_ptr, slots, start, filled, dv_start, V_BITS, V_LO, V_HI, OPERAND, V_DIM, GROUP, BLOCK_DV
+    )  # [BLOCK_N, BLOCK_DV]
+    if PACKED:
+        v_scale = tl.load(v_scale_ptr + start + slots, mask=known, other=0.0).to(tl.float32)
+        largest = tl.maximum(tl.max(v_scale, axis=0), TINY)
+        weights *= (v_scale / largest)[None, :]
+        acc += tl.dot(weights.to(OPERAND), v, input_precision="ieee") * (largest * FP16_UNIT)
+    else:
+        acc = tl.dot(weights.to(OPERAND), v, acc, input_precision="ieee")
+    return acc, total, new_peak
+
+
+@triton.jit
+def decode_split_kernel(
+    q_ptr, cache_ptr, seq_lens_ptr, mask_ptr, partial_ptr, log_ptr,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d, cache_stride_b, cache_stride_h, lens_stride,
+    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
+    v_rows_offset, k_scales_offset, v_scales_offset, q_len, max_len, splits, scale,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
+    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, ROW_DTYPE: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
+    split = tl.program_id(0) % splits
+    dv_start = tl.program_id(0) // splits % DV_BLOCKS * BLOCK_DV
+    row_block = tl.program_id(0) // splits // DV_BLOCKS
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    rows = q_len * HEADS  # query rows of this KV head: token-major, its heads fastest
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    token = row // HEADS
+    head = kv_head * HEADS + row % HEADS
+    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
+    filled = tl.minimum(seq_len, max_len).to(tl.int32)
+    if MASK == NO_MASK:
+        limit = tl.minimum(seq_len - q_len + token + 1, max_len)
+        limit = tl.maximum(limit, 0).to(tl.int32)  # how many slots a row sees
+        end = tl.max(tl.where(valid, limit, 0), axis=0)
+    else:
+        end = max_len
+    run = tl.cdiv(tl.cdiv(end, BLOCK_N), splits) * BLOCK_N
+    first_slot = split * run
+    end = tl.minimum(first_slot + run, end)
+
+    # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log.
+    part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * splits + split
+    writes_log = valid & (dv_start == 0)
+    if first_slot >= end:
+        tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
+        return
+
+    q_ptr += batch * q_stride_b + head * q_stride_h + token.to(tl.int64) * q_stride_t
+    mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
+    page_ptr = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
+    k_scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16))
+    v_scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16))
+
+    q_peak = tl.full([BLOCK_M], 1.0, tl.float32)
+    if K_BITS != 16 and tl.float16 == OPERAND:
+        q_peak = tl.full([BLOCK_M], TINY, tl.float32)
+        for start in range(0, K_DIM, BLOCK_D):
+            q = load_query(q_ptr, q_stride_d, valid, start, q_peak, tl.float32, K_DIM, BLOCK_D)
+            q_peak = tl.maximum(q_peak, tl.max(tl.abs(q), axis=1))
+    inv_peak = 1.0 / q_peak
+    q = load_query(q_ptr, q_stride_d, valid, 0, inv_peak, OPERAND, K_DIM, BLOCK_D)
+    q_scale = q_peak * (scale * LOG2_E)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for start in range(first_slot, end, BLOCK_N):
+        slots = start + tl.arange(0, BLOCK_N)
+        if MASK == NO_MASK:
+            acc, total, peak = attend_tile(
+                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, page_ptr,
+                v_rows_offset, k_scale_ptr, v_scale_ptr, start, filled, dv_start,
+                slots[None, :] < limit[:, None], 0.0, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND,
+                ROW_DTYPE, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        else:
+            visible, bias = load_mask(mask_ptr, mask_stride_n, slots, valid, max_len, MASK)
+            if tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
+                acc, total, peak = attend_tile(
+                    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, page_ptr,
+                    v_rows_offset, k_scale_ptr, v_scale_ptr, start, filled, dv_start,
+                    visible, bias, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND,
+                    ROW_DTYPE, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+
+    dims = dv_start + tl.arange(0, BLOCK_DV)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    mask = valid[:, None] & (dims < V_DIM)[None, :]
+    tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
+    tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
+
+
+@triton.jit
+def decode_reduce_kernel(
+    partial_ptr, log_ptr, rotation_ptr, out_ptr, splits, q_len, ROTATE: tl.constexpr,
+    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
+    dims = tl.arange(0, BLOCK_D)
+    peak = float("-inf")
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(log, axis=0))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+
+    out = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
+        weight = tl.exp2(log - peak)
+        mask = (log != float("-inf"))[:, None] & (dims < V_DIM)[None, :]
+        partial_ptrs = partial_ptr + (row * splits + split)[:, None] * V_DIM + dims[None, :]
+        partial = tl.load(partial_ptrs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        out += tl.sum(partial * weight[:, None], axis=0)
+        total += tl.sum(weight, axis=0)
+    out /= tl.where(total == 0.0, 1.0, total)
+
+    group_row = row // HEADS
+    kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
+    out_ptr += ((kv_row * HEADS + row % HEADS) * q_len + token) * V_DIM
+    if ROTATE:
+        for start in range(0, V_DIM, BLOCK_OUT):
+            columns = start + tl.arange(0, BLOCK_OUT)
+            mask = (columns < V_DIM)[:, None] & (dims < V_DIM)[None, :]
+            rotation_ptrs = rotation_ptr + columns[:, None] * V_DIM + dims[None, :]
+            rotation = tl.load(rotation_ptrs, mask=mask, other=0.0)  # [BLOCK_OUT, BLOCK_D]
+            rotated = tl.sum(rotation * out[None, :], axis=1)
+            tl.store(out_ptr + columns, rotated.to(out_ptr.dtype.element_ty), mask=columns < V_DIM)
+    else:
+        tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
+
+
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of `device`."""
+    if device.type == "cpu":
+        return CPU_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """`x @ rotation` for x `[B, H, q, D]`, in float32."""
+    batch, heads, tokens, dim = x.shape
+    out = torch.empty((batch, heads, tokens, dim), dtype=torch.float32, device=x.device)
+    rows = batch * heads * tokens
+    block_m, block_d = 16, 32  # small blocks: few rows, many programs
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))
+    rotate_kernel[grid](
+        x, rotation, out, *x.stride(), rows, heads, tokens, DIM=dim, BLOCK_M=block_m,
+        BLOCK_D=block_d, BLOCK_K=32, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    fmt: KVFormat,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`.
+
+    The arguments are those of `reference.decode`.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_heads = cache.shape[1]
+    dv = fmt.v_head_dim
+    out = q.new_empty((batch, heads, q_len, dv))
+    if out.numel() == 0:
+        return out
+    group = heads // kv_heads
+    rows = q_len * group
+    operand = operand_dtype(q.dtype, fmt.dtype if fmt.is_lossless else q.dtype)
+    if operand == tl.bfloat16 and not fmt.is_lossless:
+        operand = tl.float16
+    wide = operand == tl.float32  # float32 dots run on plain multiply-adds: small tiles
+    block_m = 16 if wide else min(64, max(16, triton.next_power_of_2(rows)))
+    block_n = 16 if wide else 64 if max(dim, dv) <= 128 else 32
+    # Up to 256 dimensions of a key at once, larger ones in pieces; values in blocks of the grid.
+    largest = 64 if wide else 256
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = block_d if block_d <= largest else largest // 2
+    block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
+    programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
+    tiles = triton.cdiv(max_len, block_n)
+    wanted = CTAS_PER_SM * sm_count(q.device) // (programs * kv_heads * batch)
+    splits = max(1, min(tiles, wanted))
+
+    partial = torch.empty((batch, heads * q_len, splits, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, heads * q_len, splits), dtype=torch.float32, device=q.device)
+    mask_kind, mask, mask_strides = NO_MASK.value, q, (0, 0, 0, 0)
+    if attn_mask is not None:
+        mask_kind = BOOL_MASK.value if attn_mask.dtype == torch.bool else FLOAT_MASK.value
+        mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK.value else attn_mask
+        mask_strides = mask.expand(batch, heads, q_len, max_len).stride()
+    k_lo, k_hi = magnitude_words(fmt.k_bits)
+    v_lo, v_hi = magnitude_words(fmt.v_bits)
+    row_dtypes = {torch.uint8: tl.uint8, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    with torch.cuda.device_of(q):
+        queries = q if fmt.is_lossless else rotate(q, k_rotation)
+        decode_split_kernel[(programs * splits, kv_heads, batch)](
+            queries, cache, seq_lens, mask, partial, logs, *queries.stride(), *cache.stride()[:2],
+            seq_lens.expand(batch).stride(0), *mask_strides, *offsets, q_len, max_len, splits, scale,
+            K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
+            OPERAND=operand, ROW_DTYPE=row_dtypes[fmt.dtype], K_DIM=dim, V_DIM=dv,
+            V_GROUP=1 if fmt.is_lossless else PAGE_ALIGNMENT, HEADS=group, MASK=mask_kind,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+            num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
+            num_stages=2,
+        )  # fmt: skip
+        block_dims = triton.next_power_of_2(dv)
+        decode_reduce_kernel[(batch * heads * q_len,)](
+            partial, logs, v_rotation, out, splits, q_len, ROTATE=not fmt.is_lossless, V_DIM=dv,
+            HEADS=group, BLOCK_S=max(1, 4096 // block_dims), BLOCK_D=block_dims,
+            BLOCK_OUT=max(1, 4096 // block_dims), num_warps=4,  # 32 values a thread
+        )  # fmt: skip
+    return out

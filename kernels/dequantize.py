@@ -1,0 +1,142 @@
+"""Unpack a cache into 16-bit or float32 keys and values, rotated back.
+
+Grid (batch rows x KV heads, tiles of 32 tokens, 2), the last axis keys and values. A tile decodes its
+rows and multiplies them by the transposed rotation, block by block; a tile past the length writes
+zeros without reading. Bytes: reads the packed cache up to the length, writes max_len vectors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..format import PAGE_ALIGNMENT, KVFormat
+from .bits import FP16_UNIT, load_centroids, magnitude_words
+
+
+@triton.jit
+def dequantize_tile(
+    row_ptr, scale_ptr, rotation_ptr, out_ptr, tokens, filled, max_len, BITS: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Decode the rows at `row_ptr` [tokens] and write them to the rows at `out_ptr` [tokens]."""
+    BLOCK_N: tl.constexpr = tokens.shape[0]
+    known = tokens < filled
+    scale = tl.load(scale_ptr, mask=known, other=0.0).to(tl.float32) * FP16_UNIT
+    for first in range(0, DIM, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if tl.min(tokens, axis=0) < filled:
+            for start in range(0, DIM, BLOCK_K):
+                dims = start + tl.arange(0, BLOCK_K)
+                mask = known[:, None] & (dims < DIM)[None, :]
+                codes = load_centroids(
+                    row_ptr[:, None], dims[None, :], mask, BITS, DIM, LO, HI, BYTE_STRIDE
+                )  # [BLOCK_N, BLOCK_K]
+                mask = (dims < DIM)[:, None] & (columns < DIM)[None, :]
+                rotation_ptrs = rotation_ptr + columns[None, :] * DIM + dims[:, None]
+                rotation = tl.load(rotation_ptrs, mask=mask, other=0.0)
+                x = tl.dot(codes.to(tl.float32), rotation, x, input_precision="ieee")
+        mask = (tokens < max_len)[:, None] & (columns < DIM)[None, :]
+        x = (x * scale[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr[:, None] + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def dequantize_kernel(
+    cache_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, k_ptr, v_ptr,
+    cache_stride_b, cache_stride_h, lens_stride, v_rows_offset, k_scales_offset, v_scales_offset,
+    kv_heads, max_len, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr,
+    K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // kv_heads
+    filled = tl.minimum(tl.load(seq_lens_ptr + batch * lens_stride), max_len)
+    page_ptr = cache_ptr + batch * cache_stride_b + row % kv_heads * cache_stride_h
+    tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(2) == 0:
+        scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + tokens
+        dequantize_tile(
+            page_ptr + tokens * (K_DIM * K_BITS // 8), scale_ptr, k_rotation_ptr,
+            k_ptr + (row * max_len + tokens) * K_DIM, tokens, filled, max_len,
+            K_BITS, K_LO, K_HI, K_DIM, 1, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+    else:
+        row_ptr = page_ptr + v_rows_offset + tokens // GROUP * GROUP * (V_DIM * V_BITS // 8)
+        scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + tokens
+        dequantize_tile(
+            row_ptr + tokens % GROUP, scale_ptr, v_rotation_ptr,
+            v_ptr + (row * max_len + tokens) * V_DIM, tokens, filled, max_len,
+            V_BITS, V_LO, V_HI, V_DIM, GROUP, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def copy_tile(row_ptr, out_ptr, tokens, filled, max_len, DIM: tl.constexpr):
+    """Convert the rows at `row_ptr` [tokens] to the type of, and write them to, `out_ptr`."""
+    dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    x = tl.load(row_ptr[:, None] + dims, mask=(tokens < filled)[:, None] & (dims < DIM), other=0.0)
+    mask = (tokens < max_len)[:, None] & (dims < DIM)
+    tl.store(out_ptr[:, None] + dims, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dequantize_lossless_kernel(
+    cache_ptr, seq_lens_ptr, k_ptr, v_ptr, cache_stride_b, cache_stride_h, lens_stride,
+    v_rows_offset, kv_heads, max_len, ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // kv_heads
+    filled = tl.minimum(tl.load(seq_lens_ptr + batch * lens_stride), max_len)
+    page_ptr = cache_ptr + batch * cache_stride_b + row % kv_heads * cache_stride_h
+    tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(2) == 0:
+        row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + tokens * K_DIM
+        copy_tile(row_ptr, k_ptr + (row * max_len + tokens) * K_DIM, tokens, filled, max_len, K_DIM)
+    else:
+        row_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(ROW_DTYPE)) + tokens * V_DIM
+        copy_tile(row_ptr, v_ptr + (row * max_len + tokens) * V_DIM, tokens, filled, max_len, V_DIM)
+
+
+def dequantize(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+    max_len: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`."""
+    batch, kv_heads, page_bytes = cache.shape
+    k = cache.new_empty((batch, kv_heads, max_len, fmt.head_dim), dtype=dtype)
+    v = cache.new_empty((batch, kv_heads, max_len, fmt.v_head_dim), dtype=dtype)
+    if batch * kv_heads * max_len == 0:
+        return k, v
+    _, v_rows, k_scales, v_scales = fmt.planes(fmt.page_size(page_bytes))
+    lens_stride = seq_lens.expand(batch).stride(0)
+    strides = (*cache.stride()[:2], lens_stride)
+    block_n = 32  # 32 x 128 float32 accumulators are 32 registers of 128 threads
+    grid = (batch * kv_heads, triton.cdiv(max_len, block_n), 2)
+    with torch.cuda.device_of(cache):
+        if fmt.is_lossless:
+            dequantize_lossless_kernel[grid](
+                cache, seq_lens, k, v, *strides, v_rows.offset, kv_heads, max_len,
+                ROW_DTYPE=tl.bfloat16 if fmt.dtype == torch.bfloat16 else tl.float16,
+                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK_N=block_n,
+            )  # fmt: skip
+            return k, v
+        k_lo, k_hi = magnitude_words(fmt.k_bits)
+        v_lo, v_hi = magnitude_words(fmt.v_bits)
+        block_d = min(128, triton.next_power_of_2(max(fmt.head_dim, fmt.v_head_dim)))
+        dequantize_kernel[grid](
+            cache, seq_lens, k_rotation, v_rotation, k, v, *strides,
+            v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, max_len,
+            K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
+            K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT,
+            BLOCK_N=block_n, BLOCK_D=max(16, block_d), BLOCK_K=32, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return k, v

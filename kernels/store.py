@@ -1,0 +1,208 @@
+"""Append new keys and values to a packed cache: rotate, quantise, pack.
+
+A program takes 16 vectors (one new token of one KV head each) of keys or of values: grid (vectors /
+16, 2), one launch for both. It divides each vector by its largest magnitude, rotates it in float32,
+and holds the result as 8 octants of D / 8 coordinates, padded to a power of two. Every byte of a row
+collects whole codes of the same place in several octants (`format` has the table), so packing is a
+sum over octants for any D that is a multiple of 8. A byte belongs to one token: nothing is read back.
+
+Bytes: reads the new vectors and the rotation (which stays in the cache of the GPU), writes packed
+rows and scales. A lossless format is a plain copy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..format import PAGE_ALIGNMENT, KVFormat
+from .bits import TINY, encode, quantiser
+
+BLOCK_VECTORS = 16  # the least number of rows of a dot
+
+
+@triton.jit
+def locate_vectors(
+    seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Batch row, KV head, token, position, page offset and validity of this program's vectors."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token = index % new
+    head = index // new % kv_heads
+    batch = index // new // kv_heads
+    valid = index < vectors
+    length = tl.load(seq_lens_ptr + batch * lens_stride, mask=valid, other=0)
+    position = length - new + token
+    valid = valid & (position >= 0) & (position < page_size)
+    return batch, head, token, position, batch * cache_stride_b + head * cache_stride_h, valid
+
+
+@triton.jit
+def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, EIGHTH: tl.constexpr):
+    """Write one plane of `BITS`-bit codes [vectors, 8, octant] at `row_ptr` [vectors]."""
+    VECTORS: tl.constexpr = codes.shape[0]
+    OCTANT: tl.constexpr = codes.shape[2]
+    groups = tl.reshape(codes, [VECTORS, 8 // BITS, BITS, OCTANT])
+    shift = tl.arange(0, 8 // BITS)[None, :, None, None] * BITS
+    packed = tl.sum(groups << shift, axis=1)  # [vectors, BITS, octant]
+    place = tl.arange(0, OCTANT)[None, None, :]
+    byte = tl.arange(0, BITS)[None, :, None] * EIGHTH + place
+    mask = valid[:, None, None] & (place < EIGHTH)
+    tl.store(row_ptr[:, None, None] + byte * STRIDE, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def store_vectors(
+    x_ptr, stride_d, rotation_ptr, row_ptr, scale_ptr, valid, BITS: tl.constexpr,
+    MAGNITUDES: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Quantise vectors at `x_ptr` [vectors] into rows at `row_ptr` and scales at `scale_ptr`."""
+    VECTORS: tl.constexpr = valid.shape[0]
+    EIGHTH: tl.constexpr = DIM // 8
+    OCTANT: tl.constexpr = triton.next_power_of_2(EIGHTH)
+    dims = tl.arange(0, triton.next_power_of_2(DIM))
+    mask = valid[:, None] & (dims < DIM)[None, :]
+    x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
+    largest = tl.max(tl.abs(x.to(tl.float32)), axis=1)  # [vectors]
+    divisor = tl.maximum(largest, TINY)
+
+    place = tl.arange(0, 8 * OCTANT) % OCTANT
+    columns = tl.arange(0, 8 * OCTANT) // OCTANT * EIGHTH + place
+    y = tl.zeros([VECTORS, 8 * OCTANT], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        known = valid[:, None] & (rows < DIM)[None, :]
+        chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
+        chunk = tl.div_rn(chunk.to(tl.float32), divisor[:, None])  # [vectors, BLOCK_K]
+        inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
+        rotation_ptrs = rotation_ptr + rows[:, None] * DIM + columns[None, :]
+        rotation = tl.load(rotation_ptrs, mask=inside, other=0.0)
+        y = tl.dot(chunk, rotation, y, input_precision="ieee")
+
+    rms = tl.maximum(tl.sqrt_rn(tl.sum(y * y, axis=1) / DIM), TINY)
+    codes, centroids = encode(y, tl.div_rn(UNIT, rms)[:, None], BITS, MAGNITUDES)
+    codes = tl.where((place < EIGHTH)[None, :], codes, 0)
+    centroids = tl.where((place < EIGHTH)[None, :], centroids, 0.0)
+    square = tl.maximum(tl.sum(centroids * centroids, axis=1), TINY)
+    fit = tl.div_rn(tl.sum(y * centroids, axis=1), square)
+    # A maximum may drop NaN; the fit never does.
+    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit * largest)
+    tl.store(scale_ptr, scale.to(tl.bfloat16), mask=valid)
+
+    codes = tl.reshape(codes, [VECTORS, 8, OCTANT])
+    if BITS == 3:
+        pack_plane(row_ptr, codes & 3, valid, 2, BYTE_STRIDE, EIGHTH)
+        pack_plane(row_ptr + 2 * EIGHTH * BYTE_STRIDE, codes >> 2, valid, 1, BYTE_STRIDE, EIGHTH)
+    else:
+        pack_plane(row_ptr, codes, valid, BITS, BYTE_STRIDE, EIGHTH)
+
+
+@triton.jit
+def store_kernel(
+    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr,
+    cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
+    V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    batch, head, token, position, page, valid = locate_vectors(
+        seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
+        BLOCK,
+    )  # fmt: skip
+    page_ptr = cache_ptr + page
+    if tl.program_id(1) == 0:
+        x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
+        row_ptr = page_ptr + position * (K_DIM * K_BITS // 8)
+        scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
+        store_vectors(
+            x_ptr, k_stride_d, k_rotation_ptr, row_ptr, scale_ptr, valid, K_BITS, K_MAGNITUDES,
+            K_UNIT, K_DIM, 1, BLOCK_K,
+        )  # fmt: skip
+    else:
+        x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
+        row_ptr = page_ptr + v_rows_offset + position // GROUP * GROUP * (V_DIM * V_BITS // 8)
+        scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
+        store_vectors(
+            x_ptr, v_stride_d, v_rotation_ptr, row_ptr + position % GROUP, scale_ptr, valid, V_BITS,
+            V_MAGNITUDES, V_UNIT, V_DIM, GROUP, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def copy_vectors(x_ptr, stride_d, row_ptr, valid, DIM: tl.constexpr):
+    """Convert vectors at `x_ptr` [vectors] to the type of, and write them to, `row_ptr`."""
+    dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    mask = valid[:, None] & (dims < DIM)
+    x = tl.load(x_ptr[:, None] + dims * stride_d, mask=mask, other=0.0)
+    tl.store(row_ptr[:, None] + dims, x.to(row_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_lossless_kernel(
+    cache_ptr, k_ptr, v_ptr, seq_lens_ptr,
+    cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    v_rows_offset, vectors, kv_heads, new, page_size,
+    ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch, head, token, position, page, valid = locate_vectors(
+        seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
+        BLOCK,
+    )  # fmt: skip
+    page_ptr = cache_ptr + page
+    if tl.program_id(1) == 0:
+        x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
+        row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + position * K_DIM
+        copy_vectors(x_ptr, k_stride_d, row_ptr, valid, K_DIM)
+    else:
+        x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
+        row_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(ROW_DTYPE)) + position * V_DIM
+        copy_vectors(x_ptr, v_stride_d, row_ptr, valid, V_DIM)
+
+
+def store(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+) -> None:
+    """Write new tokens as the last `q` of each row's `seq_lens` tokens, in place.
+
+    The arguments are those of `reference.store`.
+    """
+    batch, kv_heads, new, _ = k.shape
+    page_size = fmt.page_size(cache.shape[-1])
+    _, v_rows, k_scales, v_scales = fmt.planes(page_size)
+    vectors = batch * kv_heads * new
+    if vectors == 0:
+        return
+    lens_stride = seq_lens.expand(batch).stride(0)
+    strides = (*cache.stride()[:2], *k.stride(), *v.stride(), lens_stride)
+    grid = (triton.cdiv(vectors, BLOCK_VECTORS), 2)
+    with torch.cuda.device_of(cache):
+        if fmt.is_lossless:
+            store_lossless_kernel[grid](
+                cache, k, v, seq_lens, *strides, v_rows.offset, vectors, kv_heads, new, page_size,
+                ROW_DTYPE=tl.bfloat16 if fmt.dtype == torch.bfloat16 else tl.float16,
+                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS,
+            )  # fmt: skip
+            return
+        k_magnitudes, k_unit = quantiser(fmt.k_bits)
+        v_magnitudes, v_unit = quantiser(fmt.v_bits)
+        wide = max(fmt.head_dim, fmt.v_head_dim) > 256
+        store_kernel[grid](
+            cache, k, v, seq_lens, k_rotation, v_rotation, *strides,
+            v_rows.offset, k_scales.offset, v_scales.offset, vectors, kv_heads, new, page_size,
+            K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
+            V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
+            V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=BLOCK_VECTORS,
+            BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
+            num_warps=8 if wide else 4,  # 16 x 1024 coordinates are 64 registers of 256 threads
+            num_stages=1,
+        )  # fmt: skip

@@ -1,0 +1,527 @@
+"""Cases and checks of the Triton kernels against the reference, and a script that runs them.
+
+    python tests/kernel_cases.py --interpret [GROUP...]   on CPU tensors, in Triton's interpreter
+    python tests/kernel_cases.py [GROUP...] [--shard I/N] on the GPU, the longer list
+    python tests/kernel_cases.py --compile                for seven targets, without a GPU
+
+A script because Triton decides on the interpreter when a kernel is decorated, once per process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    if "--interpret" in sys.argv:
+        os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+import triton.language as tl
+from tq_inductor.kernels.bits import fp8_byte
+from tq_inductor.kernels.decode import decode
+from tq_inductor.kernels.dequantize import dequantize
+from tq_inductor.kernels.store import store
+from tq_inductor.kernels.varlen import varlen_attention
+
+from tq_inductor import reference
+from tq_inductor.format import KVFormat, format_names, round_up
+from tq_inductor.rotation import rotation_matrix
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of shapes. `lens` are the tokens in each row, one of them: a 0-d `seq_lens`.
+
+    mask: none, bool, left (left padding, past the length too), float, row (an almost empty one).
+    """
+
+    fmt: str = "k4v4"
+    dim: int = 128
+    v_dim: int = 0
+    heads: int = 4
+    kv_heads: int = 2
+    q_len: int = 1
+    lens: tuple[int, ...] = (129, 1)
+    max_len: int = 150
+    mask: str = "none"
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
+        lens = ",".join(map(str, self.lens))
+        return (
+            f"{self.fmt}-d{dims}-h{self.heads}:{self.kv_heads}-q{self.q_len}-len{lens}of{self.max_len}"
+            f"-{self.mask}-{str(self.dtype)[6:]}"
+        )
+
+    @property
+    def format(self) -> KVFormat:
+        return KVFormat(self.fmt, self.dim, self.v_dim or self.dim)
+
+    @property
+    def batch(self) -> int:
+        return max(2, len(self.lens))
+
+
+# The interpreter's bfloat16 truncates, and its bfloat16 dots are wrong: float16 and float32 there.
+STORE_INTERPRETED = [
+    Case("k4v3", 80, 64, q_len=20, lens=(33, 5), max_len=40, dtype=FP16),
+    Case("k3v2", 8, 24, q_len=17, lens=(17,), max_len=17, dtype=FP32),
+    Case("k8v8", 64, 112, q_len=3, lens=(150, 2), dtype=FP32),
+    Case("k2v4", 64, kv_heads=1, q_len=1, lens=(129, 1), dtype=FP32),
+    Case("bf16", 20, 12, q_len=5, lens=(9, 3), max_len=16, dtype=BF16),
+]
+DEQUANTIZE_INTERPRETED = [
+    Case("k4v3", 80, 64, lens=(33, 0), max_len=50, dtype=FP32),
+    Case("k3v2", 24, 8, lens=(17,), max_len=33, dtype=FP16),
+    Case("k8v4", 16, 160, lens=(1, 35), max_len=36, dtype=FP32),
+    Case("fp16", 20, 12, lens=(9, 40), max_len=40, dtype=FP16),
+]
+DECODE_INTERPRETED = [
+    Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
+    Case("k3v2", 64, 80, q_len=5, lens=(3, 70), max_len=80, dtype=FP16),
+    Case("k8v3", 576, 512, heads=3, kv_heads=1, lens=(33, 0), max_len=40, mask="float", dtype=FP16),
+    Case("k2v8", 16, q_len=3, lens=(40,), max_len=150, mask="left", dtype=FP16),
+    Case("k4v8", 24, 8, q_len=2, lens=(50,), max_len=60, mask="bool", dtype=FP32),
+    Case("k4v4", 80, q_len=4, lens=(40, 2), max_len=50, dtype=FP32),
+    Case("fp16", 48, 64, q_len=2, lens=(129, 1), dtype=FP16),
+    Case("bf16", 20, lens=(60,), max_len=150, mask="row", dtype=FP32),
+]
+
+_DTYPES = (BF16, FP16, FP32)
+_PAIRS = [name for name in format_names() if name.startswith("k")]
+STORE_GPU = [
+    *STORE_INTERPRETED,
+    *(Case(name, 128, q_len=q, lens=(300, 17, 1), max_len=320) for name in _PAIRS for q in (1, 33)),
+    *(Case("k4v4", dim, q_len=40, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 256, 576, 1024)),
+    *(Case("k3v3", dim, 64, q_len=40, lens=(90, 7)) for dim in (80, 112, 512)),
+    *(Case(name, 128, q_len=9, dtype=dtype) for name in ("bf16", "fp16") for dtype in _DTYPES),
+]
+DEQUANTIZE_GPU = [
+    *DEQUANTIZE_INTERPRETED,
+    *(Case(name, 128, lens=(300, 17, 0), max_len=320) for name in _PAIRS[::3]),
+    *(Case("k4v4", dim, 128, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 576, 1024)),
+    *(Case(name, 80, 64, dtype=dtype) for name in ("k3v2", "bf16") for dtype in _DTYPES),
+]
+DECODE_GPU = [
+    *DECODE_INTERPRETED,
+    *(Case(name, 128, heads=8, lens=(1030, 1), max_len=1500) for name in format_names()),
+    *(Case(name, 64, heads=14, lens=(1030, 129), max_len=1500) for name in ("k4v4", "k3v3", "bf16")),
+    *(Case("k4v4", dim, q_len=3, lens=(400, 33), max_len=450) for dim in (80, 96, 112, 192, 256)),
+    *(Case(name, 512, 256, max_len=150) for name in ("k8v4", "bf16")),
+    *(Case(name, 576, 512, 71, 1, lens=(129,), max_len=200) for name in ("k4v4", "bf16")),
+    Case("k4v4", 1024, lens=(129, 40)),
+    *(
+        Case(name, 128, heads=14, q_len=q, lens=(900, 60), max_len=1000, mask=mask, dtype=dtype)
+        for name, dtype in (("k4v4", BF16), ("k3v3", FP16), ("k4v4", FP32), ("bf16", BF16))
+        for q, mask in ((1, "bool"), (5, "left"), (3, "float"), (1, "row"), (70, "none"))
+    ),
+    Case("fp16", 128, q_len=2, dtype=FP32),
+    Case("bf16", 128, q_len=2, dtype=FP16),
+    Case("bf16", 100, 36, q_len=2),
+    Case("k4v4", 128, heads=32, kv_heads=8, lens=(70000, 3), max_len=70001),
+]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """One call of `varlen_attention`: lengths of queries and keys of each sequence."""
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    dim: int = 64
+    v_dim: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    causal: bool = True
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        return f"{self.q_lens}-{self.k_lens}-d{self.dim}x{self.v_dim}-{mask}-{str(self.dtype)[6:]}"
+
+
+VARLEN_INTERPRETED = [
+    Ragged((70, 0, 1, 9), (70, 5, 129, 0), 80, 24, 7, 1, True, FP16),
+    Ragged((9, 3), (4, 30), 576, 16, 2, 2, True, FP16),
+    Ragged((20, 3), (33, 0), 72, 136, 3, 3, False, FP32),
+]
+VARLEN_GPU = [
+    *VARLEN_INTERPRETED,
+    *(
+        Ragged((1, 300, 65, 0), (129, 300, 20, 7), dim, v_dim, 8, 2, causal, dtype)
+        for dim, v_dim in ((64, 64), (128, 128), (80, 96), (192, 128))
+        for causal, dtype in ((True, BF16), (False, FP16), (True, FP32))
+    ),
+    Ragged((50,), (80,), 256, 256),
+    Ragged((50,), (80,), 576, 512, 71, 1),
+]
+
+
+@contextlib.contextmanager
+def nan_filled_memory():
+    """Memory from `torch.empty` starts as NaN: a place that a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def random_vectors(shape: tuple[int, ...], dtype: torch.dtype, device: str, view: str) -> torch.Tensor:
+    """Normal vectors `[B, H, q, D]`, in memory as `view` says: transposed, strided or dense."""
+    batch, heads, tokens, dim = shape
+    if view == "transposed":
+        return torch.randn(batch, tokens, heads, dim).to(device, dtype).transpose(1, 2)
+    if view == "strided":
+        return torch.randn(batch, heads, dim, tokens).to(device, dtype).transpose(2, 3)
+    return torch.randn(shape).to(device, dtype)
+
+
+def garbage_cache(case: Case, device: str) -> torch.Tensor:
+    """A cache of stale bytes, half of them 0x7F or 0xFF: NaN as codes of 8 or 16 bits and as scales."""
+    nbytes = case.format.slot_bytes * round_up(case.max_len)
+    cache = torch.randint(0, 256, (case.batch, case.kv_heads, nbytes))
+    stale = torch.where(torch.rand(cache.shape) < 0.5, 0xFF, 0x7F)
+    return torch.where(torch.rand(cache.shape) < 0.5, stale, cache).to(torch.uint8).to(device)
+
+
+def lengths(case: Case, device: str) -> torch.Tensor:
+    """`seq_lens` of a case: 0-d for a single length."""
+    lens = case.lens[0] if len(case.lens) == 1 else case.lens
+    return torch.tensor(lens, dtype=torch.int64, device=device)
+
+
+def rotations(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotations of keys and values."""
+    fmt = case.format
+    return rotation_matrix(fmt.head_dim, device), rotation_matrix(fmt.v_head_dim, device)
+
+
+def filled_cache(case: Case, device: str) -> torch.Tensor:
+    """A cache that the reference filled with random vectors, garbage past each length."""
+    fmt, tokens = case.format, max(case.lens)
+    cache = garbage_cache(case, "cpu")
+    k = torch.randn(case.batch, case.kv_heads, tokens, fmt.head_dim)
+    v = torch.randn(case.batch, case.kv_heads, tokens, fmt.v_head_dim) * torch.rand(tokens, 1) * 3
+    reference.store(cache, k, v, lengths(case, "cpu"), *rotations(case, "cpu"), fmt)
+    return cache.to(device)
+
+
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, roundings: int = 1
+) -> None:
+    """Relative error of the whole tensor (float64 oracle), NaN and zero rows exactly where expected.
+
+    For 16-bit outputs at most 2e-3, or where operands too are rounded (`roundings` in all, independent
+    of each other) 1.2 times what that many roundings of the oracle to the dtype give.
+    """
+    actual = actual.cpu().to(torch.float64)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN in the wrong places"
+    assert not actual[(expected == 0).all(-1)].any(), "rows that see nothing are not zero"
+    error = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp(min=1e-30)
+    tolerance = 1e-5 if dtype == FP32 else 2e-3
+    if dtype != FP32 and roundings > 1:
+        exact = expected.nan_to_num()
+        rounding = (exact.to(dtype).double() - exact).norm() / exact.norm().clamp(min=1e-30)
+        tolerance = max(tolerance, 1.2 * roundings**0.5 * rounding.item())
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def check_store(case: Case, device: str) -> None:
+    """The bytes are the reference's, but for codes that rounding moves over a decision boundary."""
+    fmt = case.format
+    shape = (case.batch, case.kv_heads, case.q_len)
+    k = random_vectors((*shape, fmt.head_dim), case.dtype, device, "transposed")
+    v = random_vectors((*shape, fmt.v_head_dim), case.dtype, device, "strided")
+    if case.q_len > 8:
+        tiny, huge = (6e-8, 6e4) if case.dtype == FP16 else (1e-30, 1e30)
+        for x in (k, v):
+            for i, factor in enumerate((tiny, huge, 0.0, float("nan"), float("inf"))):
+                x[:, :, 2 + i] *= factor
+            x[0, 0, 7, 1:] = 0  # one-hot: flat after the rotation
+            x[0, 0, 8, -1] = float("nan")
+    before = garbage_cache(case, "cpu")
+    expected, actual = before.clone(), before.to(device)
+    reference.store(expected, k.cpu(), v.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt)
+    store(actual, k, v, lengths(case, device), *rotations(case, device), fmt)
+    old, want, got = (reference._planes(x.cpu(), fmt) for x in (before, expected, actual))
+    slot = torch.arange(round_up(case.max_len))
+    lens = lengths(case, "cpu").expand(case.batch)[:, None]
+    written = ((slot >= lens - case.q_len) & (slot < lens))[:, None].expand(-1, case.kv_heads, -1)
+    for side, bits in (("k", fmt.k_bits), ("v", fmt.v_bits)):
+        rows = [x[f"{side}_rows"].view(torch.uint8) for x in (old, want, got)]
+        if side == "v" and not fmt.is_lossless:
+            rows = [x.transpose(-1, -2).flatten(2, 3) for x in rows]
+        assert torch.equal(rows[2][~written], rows[0][~written]), f"{side}: another token's bytes"
+        if fmt.is_lossless:
+            values = [x[f"{side}_rows"][written].nan_to_num(7.0) for x in (want, got)]
+            assert torch.equal(*values), f"{side}: not a plain conversion"
+            continue
+        codes = [reference.unpack(x[written], bits) for x in rows[1:]]
+        wrong = (codes[0] != codes[1]).float().mean()
+        assert wrong < 1e-3, f"{side}: {wrong:.2%} of the codes differ"
+        scales = [x[f"{side}_scales"] for x in (old, want, got)]
+        assert torch.equal(*(x[~written].view(torch.int16) for x in scales[::2])), f"{side}: scales"
+        want_scale, got_scale = (x[written].float() for x in scales[1:])
+        close = torch.isclose(got_scale, want_scale, rtol=2**-7, atol=0, equal_nan=True)
+        assert close.all(), f"{side}: {(~close).sum()} scales are more than one bf16 ulp away"
+
+
+def check_dequantize(case: Case, device: str) -> None:
+    """`reference.load` in the dtype asked for, zero past the lengths."""
+    fmt, cache = case.format, filled_cache(case, device)
+    with nan_filled_memory():
+        results = dequantize(
+            cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype
+        )
+    expected = reference.load(cache.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt, case.max_len)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert actual.dtype == case.dtype
+        assert_close(actual, wanted.double(), case.dtype)
+
+
+def make_mask(case: Case) -> torch.Tensor | None:
+    """The attention mask of a case, with the strides and broadcasting that models use."""
+    slot = torch.arange(case.max_len)
+    lens = lengths(case, "cpu").expand(case.batch).reshape(-1, 1, 1, 1)
+    row = torch.arange(case.batch).reshape(-1, 1, 1, 1)
+    if case.mask == "none":
+        return None
+    if case.mask == "bool":  # no relation to the length: slots past it are keys of zeros
+        return torch.rand(case.q_len, case.max_len) < 0.3
+    if case.mask == "float":
+        bias = torch.randn(case.batch, case.heads, case.max_len, case.q_len).transpose(2, 3)
+        return bias.masked_fill(torch.rand(bias.shape) < 0.3, float("-inf")).to(case.dtype)
+    if case.mask == "row":  # one visible key in the first row, none in the second
+        return (slot == 3) & (row == 0)
+    seen = lens - case.q_len + torch.arange(case.q_len)[:, None]  # [B, 1, q, 1]
+    padding = row * 9
+    return (slot <= seen) & (slot >= padding)
+
+
+def check_decode(case: Case, device: str) -> None:
+    """Attention in float64 over what the reference loads from the same bytes."""
+    fmt, cache = case.format, filled_cache(case, device)
+    q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
+    mask = make_mask(case)
+    scale = 1.5 / case.dim**0.5
+    arguments = (fmt, case.max_len, scale)
+    with nan_filled_memory():
+        actual = decode(
+            q, cache, lengths(case, device), *rotations(case, device),
+            None if mask is None else mask.to(device), *arguments,
+        )  # fmt: skip
+    assert actual.dtype == case.dtype
+    lens = lengths(case, "cpu")
+    k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len)
+    visible, bias = reference.visible_keys(mask, lens, case.q_len, case.max_len)
+    bias = None if bias is None else bias.double()
+    expected = reference.attention(q.cpu().double(), k.double(), v.double(), visible, scale, bias)
+    assert_close(actual, expected, case.dtype)
+
+
+def check_varlen(case: Ragged, device: str) -> None:
+    """`reference.varlen_attention` in float32 inside, from float64 inputs where it matters."""
+    tokens_q, tokens_k = sum(case.q_lens) + 3, sum(case.k_lens) + 3  # three that no sequence has
+    q = torch.randn(case.heads, tokens_q, case.dim).to(device, case.dtype).transpose(0, 1)
+    k = torch.randn(tokens_k, case.kv_heads, case.dim).to(device, case.dtype)
+    v = torch.randn(tokens_k, case.kv_heads, case.v_dim).to(device, case.dtype)
+    starts = [
+        torch.tensor([0, *lens], device=device).cumsum(0).to(torch.int32)
+        for lens in (case.q_lens, case.k_lens)
+    ]
+    k[starts[1][-1] :], v[starts[1][-1] :] = float("nan"), float("nan")
+    sizes = (max(case.q_lens), max(case.k_lens), case.causal, case.dim**-0.5)
+    with nan_filled_memory():
+        actual = varlen_attention(q, k, v, *starts, *sizes)
+    assert actual.dtype == case.dtype
+    inputs = (x.cpu().float() for x in (q, k, v))
+    expected = reference.varlen_attention(*inputs, *(x.cpu() for x in starts), *sizes)
+    assert_close(actual, expected.double(), case.dtype, roundings=2)  # the weights, the result
+
+
+@triton.jit
+def fp8_byte_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(out_ptr + place, fp8_byte(tl.load(x_ptr + place)).to(tl.uint8))
+
+
+def check_fp8(case: str, device: str) -> None:
+    """`fp8_byte` is torch's conversion: every value, every tie and its neighbours, both signs."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (0.0, 1e3)]
+    x = torch.cat([values, ties, *beside])
+    x = torch.cat([x, -x, torch.zeros(1024 - 2 * len(x))])
+    out = torch.zeros(1024, dtype=torch.uint8, device=device)
+    fp8_byte_kernel[(1,)](x.to(device), out, BLOCK=1024)
+    assert torch.equal(out.cpu(), x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+GROUPS = {
+    "fp8": (check_fp8, ["every value and tie"], ["every value and tie"]),
+    "store": (check_store, STORE_INTERPRETED, STORE_GPU),
+    "dequantize": (check_dequantize, DEQUANTIZE_INTERPRETED, DEQUANTIZE_GPU),
+    "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
+    "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),
+}
+
+
+def run(check, case, device: str) -> None:
+    """One case, with its own seed."""
+    torch.manual_seed(0)
+    check(case, device)
+
+
+def run_all(groups: list[str], device: str, shard: str) -> int:
+    """Run the cases of `groups`, print a line each; the number of failures."""
+    part, parts = map(int, shard.split("/"))
+    failures = 0
+    todo = [(g, c) for g in groups for c in GROUPS[g][1 if device == "cpu" else 2]]
+    for group, case in todo[part::parts]:
+        started = time.perf_counter()
+        try:
+            run(GROUPS[group][0], case, device)
+            result = "ok"
+        except Exception as error:
+            failures += 1
+            result = f"FAILED: {type(error).__name__}: {error}"
+        print(f"{group:10} {case} ({time.perf_counter() - started:.1f} s) {result}", flush=True)
+    print(f"{failures} of {len(todo[part::parts])} cases failed")
+    return failures
+
+
+def repair_interpreter() -> None:
+    """Let `range()` over tensors work: Triton 3.6 calls `int(array)`, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_repair
+
+
+# Target -> bytes of shared memory that a block may have.
+TARGETS = {
+    ("cuda", 80): 163 << 10,
+    ("cuda", 86): 99 << 10,
+    ("cuda", 89): 99 << 10,
+    ("cuda", 90): 227 << 10,
+    ("cuda", 100): 227 << 10,
+    ("cuda", 120): 99 << 10,
+    ("hip", "gfx942"): 64 << 10,
+}
+
+
+def record_launches() -> list[tuple]:
+    """Run every launcher on CPU tensors without launching; (kernel, arguments, options) of each."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple] = []
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        launches.append((kernel, args, kwargs))
+
+    original, JITFunction.run = JITFunction.run, note
+    try:
+        for name in ("k4v4", "bf16"):
+            case = Case(name, 128, heads=8, lens=(4096, 1), max_len=4096)
+            fmt, cache, lens = case.format, garbage_cache(case, "cpu"), lengths(case, "cpu")
+            k = torch.zeros(2, 2, 1, 128, dtype=BF16)
+            store(cache, k, k, lens, *rotations(case, "cpu"), fmt)
+            dequantize(cache, lens, *rotations(case, "cpu"), fmt, 4096, BF16)
+            q = torch.zeros(2, 8, 1, 128, dtype=BF16)
+            mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
+            for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
+                decode(q, cache, lens, *rotations(case, "cpu"), attn_mask, fmt, 4096, 0.1)
+        x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
+        varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
+    """Compile one recorded launch, specialised as a launch would be; its shared memory in bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8"}
+    types |= {torch.int32: "i32", torch.int64: "i64"}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name not in options}
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + types[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif param.is_constexpr or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    warp = 64 if target[0] == "hip" else 32
+    return triton.compile(source, target=GPUTarget(*target, warp), options=options).metadata.shared
+
+
+def compile_all() -> int:
+    """Compile every kernel for every target; the number of failures."""
+    launches = {}
+    for kernel, args, kwargs in record_launches():
+        variant = [str(kwargs[name]) for name in ("K_BITS", "MASK", "ROTATE") if name in kwargs]
+        launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
+    failures = 0
+    for target, limit in TARGETS.items():
+        for name, launch in launches.items():
+            started = time.perf_counter()
+            try:
+                shared = compile_launch(*launch, target)
+                result = "ok" if shared <= limit else f"FAILED: more than {limit} bytes"
+                result = f"{shared} bytes of shared memory {result}"
+            except Exception as error:
+                result = f"FAILED: {type(error).__name__}: {error}"
+            failures += "FAILED" in result
+            print(
+                f"{target[1]:>7} {name:30} {time.perf_counter() - started:5.1f} s {result}",
+                flush=True,
+            )
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all")
+    parser.add_argument("--interpret", action="store_true", help="on the CPU")
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth case from the Ith")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    if options.compile:
+        return min(1, compile_all())
+    if options.interpret:
+        repair_interpreter()
+    device = "cpu" if options.interpret else "cuda"
+    return min(1, run_all(options.groups or list(GROUPS), device, options.shard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""TurboQuantCache under transformers: every way of generating, compiled and eager, errors, memory."""
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
+
+from tq_inductor import KVFormat, TurboQuantCache, explain
+from tq_inductor.cache import SlidingLayer, TurboQuantLayer
+from tq_inductor.errors import CacheFullError, CacheMismatchError, FormatError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gemma3_text"]
+MAX_LEN = 64
+
+
+def build(architecture, dtype=torch.bfloat16, device="cpu", seed=0, **changes):
+    """A tiny model of this architecture with random weights."""
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 96, "max_position_embeddings": 256,
+    }  # fmt: skip
+    if architecture == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    if architecture == "mistral":
+        sizes["sliding_window"] = None
+    if architecture == "gemma3_text":
+        layer_types = ["sliding_attention", "full_attention"] * 2
+        sizes |= {"num_hidden_layers": 4, "layer_types": layer_types, "sliding_window": 8, "head_dim": 16}
+    tokens = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = AutoConfig.for_model(architecture, **{**sizes, **tokens, **changes})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
+
+
+def padded_batch(device="cpu"):
+    """Two prompts of 12 tokens, the first left-padded by 5."""
+    ids = torch.randint(2, 99, (2, 12), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones_like(ids)
+    ids[0, :5] = mask[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+REPETITIVE = torch.tensor([[5, 6, 7, 8, 9] * 5])
+WAYS = {
+    "greedy": lambda: ({"input_ids": REPETITIVE}, {}),
+    "left-padded": lambda: (padded_batch(), {}),
+    "beam": lambda: (padded_batch(), {"num_beams": 3}),
+    "prompt lookup": lambda: ({"input_ids": REPETITIVE}, {"prompt_lookup_num_tokens": 3}),
+    "chunked prefill": lambda: ({"input_ids": REPETITIVE}, {"prefill_chunk_size": 8}),
+    "sampling": lambda: (padded_batch(), {"do_sample": True}),
+    "return sequences": lambda: (padded_batch(), {"do_sample": True, "num_return_sequences": 2}),
+}
+
+
+def generate(model, cache, inputs, max_new_tokens=12, **options):
+    torch.manual_seed(3)
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    options = {"do_sample": False, **options}
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lossless_format_gives_transformers_own_tokens(architecture, way):
+    # K and V of a float32 model rounded to bf16 could flip a token, and so could another order of
+    # additions in bf16: weights whose keys and values are exact in bf16 would be no model. So float32
+    # attention over keys and values that the *reference* cache rounds to bf16 too.
+    model = build(architecture, torch.float32)
+    inputs, options = WAYS[way]()
+
+    class RoundedCache(DynamicCache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            layer = self.layers[layer_idx]
+            first = layer.get_seq_length() == 0 or layer.is_sliding
+            rounded = (x.bfloat16().float() for x in (key_states, value_states))
+            keys, values = super().update(
+                *((key_states, value_states) if layer.is_sliding else rounded), layer_idx
+            )
+            return (key_states, value_states) if first and not layer.is_sliding else (keys, values)
+
+    expected = generate(model, RoundedCache(config=model.config), inputs, **options)
+    cache = TurboQuantCache(model.config, MAX_LEN, kv_format="bf16")
+    assert torch.equal(generate(model, cache, inputs, **options), expected)
+
+
+@pytest.mark.parametrize("way", ["greedy", "left-padded", "beam", "prompt lookup", "chunked prefill"])
+@pytest.mark.parametrize("name", ["k4v4", "k3v2", "k8v8"])
+def test_packed_formats_generate(name, way):
+    model = build("llama")
+    inputs, options = WAYS[way]()
+    cache = TurboQuantCache(model.config, MAX_LEN, kv_format=name)
+    out = generate(model, cache, inputs, **options)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 12
+    assert int(cache.get_seq_length()) >= out.shape[1] - 1
+
+
+def decode_logits(model, run, cache, ids, steps):
+    with torch.no_grad():
+        logits = [run(ids, past_key_values=cache).logits[:, -1]]
+        for i in range(steps):
+            token = ids[:, i % ids.shape[1], None]
+            logits.append(run(token, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_compiled_equals_eager_and_recompiles_nothing(architecture, device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = build(architecture, dtype, device)
+    ids = padded_batch(device)["input_ids"].clamp(min=2)
+    expected = decode_logits(model, model, TurboQuantCache(model.config, MAX_LEN), ids, 16)
+    counter = CompileCounterWithBackend("turboquant")
+    counters["turboquant"].clear()
+    compiled = torch.compile(model, backend=counter)
+    cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device=device, dtype=dtype)
+    got = decode_logits(model, compiled, cache, ids, 16)
+    assert counter.frame_count == 2  # one prefill graph and one decode graph
+    assert (got - expected).abs().max() <= (1e-4 if device == "cpu" else 0.05) * expected.abs().max()
+    packed = sum(isinstance(layer, TurboQuantLayer) for layer in cache.layers)
+    assert counters["turboquant"]["rewritten.turboquant"] == packed
+
+
+@pytest.mark.parametrize("compiled", ["nothing", "layers", "attention", "all by aot_eager"])
+def test_a_step_without_a_mask_sees_no_empty_slot(compiled):
+    model = build("llama", torch.float32)
+    ids = torch.randint(2, 99, (2, 12))
+    expected = decode_logits(model, model, DynamicCache(), ids, 4)
+    if compiled == "all by aot_eager":
+        model.compile(backend="aot_eager")
+    for layer in model.model.layers:
+        if compiled == "layers":
+            layer.compile(backend="turboquant")
+        elif compiled == "attention":
+            layer.self_attn.compile(backend="turboquant")
+    cache = TurboQuantCache(model.config, MAX_LEN, kv_format="bf16")
+    got = decode_logits(model, model, cache, ids, 4)
+    assert (got - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_model_compile_and_generate(device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, compiled = (build("llama", dtype, device) for _ in range(2))
+    expected = generate(model, TurboQuantCache(model.config, MAX_LEN, kv_format="bf16"), padded_batch())
+    counters["turboquant"].clear()
+    compiled.compile(backend="turboquant")
+    cache = TurboQuantCache(model.config, MAX_LEN, kv_format="bf16")  # made inside the compiled prefill
+    got = generate(compiled, cache, padded_batch())
+    if device == "cpu":
+        assert torch.equal(got, expected)
+    assert counters["turboquant"]["rewritten.turboquant"] >= 2
+    cache.reset()
+    assert torch.equal(generate(compiled, cache, padded_batch()), got)
+
+
+def test_explain_of_a_decode_step():
+    model = build("gemma3_text", torch.float32)
+    cache = TurboQuantCache(model.config, MAX_LEN)
+    ids = padded_batch()["input_ids"]
+    with torch.no_grad():
+        first = explain(model, ids, past_key_values=cache)
+        step = explain(model, ids[:, :1], past_key_values=cache)
+    assert [row.phase for row in first.rows] == ["prefill"] * 4
+    assert not first.rewritten
+    assert [row.backend for row in step.rows] == ["sdpa", "turboquant"] * 2
+    assert step.rows[1].module == "model.layers.1.self_attn"
+    assert "sdpa_attention" in step.rows[1].source
+
+
+def test_first_chunk_is_raw_and_later_ones_are_decoded():
+    cache = TurboQuantCache(build("llama").config, MAX_LEN)
+    k, v = torch.randn(2, 2, 2, 5, 16, dtype=torch.bfloat16)
+    assert cache.get_seq_length() == 0
+    assert cache.get_mask_sizes(5, 0) == (5, 0)
+    keys, values = cache.update(k, v, 0)
+    assert keys is k
+    assert values is v
+    assert int(cache.get_seq_length()) == 5
+    assert cache.get_mask_sizes(1, 0) == (6, 0)
+    keys, _ = cache.update(k[:, :, :1], v[:, :, :1], 0)
+    assert keys.shape == (2, 2, 6, 16)
+    assert (keys[:, :, :5] - k).float().square().mean() < 0.02
+    assert cache.layers[0].keys.shape == (2, 2, 6, 16)
+
+
+def test_a_full_cache_changes_nothing():
+    model = build("gemma3_text", torch.float32)  # its first layer is not packed
+    cache = TurboQuantCache(model.config, 20)
+    capacity = cache.get_max_length(1)
+    assert capacity == 32  # rounded up to whole groups
+    ids = torch.randint(2, 99, (1, 30))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        before = [layer.packed.clone() for layer in cache.layers[1::2]]
+        window = cache.layers[0].keys.clone()
+        with pytest.raises(CacheFullError, match=r"holds 30 of at most 32 tokens.*max_cache_len"):
+            model(ids[:, :3], past_key_values=cache)
+        assert all(torch.equal(a, x.packed) for a, x in zip(before, cache.layers[1::2], strict=True))
+        assert torch.equal(window, cache.layers[0].keys)
+        assert int(cache.get_seq_length(1)) == 30
+        model(ids[:, :2], past_key_values=cache)
+        cache.reset()
+        with pytest.raises(CacheFullError, match="holds 0 of at most 32"):
+            model(ids.repeat(1, 2), past_key_values=cache)
+
+
+def test_a_full_cache_in_a_compiled_model():
+    model = build("llama", torch.float32)
+    model.compile(backend="turboquant")
+    cache = TurboQuantCache(model.config, 16, max_batch_size=2, device="cpu", dtype=torch.float32)
+    ids = padded_batch()["input_ids"]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for i in range(4):
+            model(ids[:, i : i + 1], past_key_values=cache)
+        before = [layer.packed.clone() for layer in cache.layers]
+        with pytest.raises(CacheFullError, match="holds 16 of at most 16"):
+            model(ids[:, :1], past_key_values=cache)
+    assert all(torch.equal(a, layer.packed) for a, layer in zip(before, cache.layers, strict=True))
+    assert int(cache.get_seq_length()) == 16
+
+
+def test_what_does_not_fit_changes_nothing():
+    cache = TurboQuantCache(build("llama").config, MAX_LEN, max_batch_size=2, device="cpu")
+    k = torch.randn(2, 2, 3, 16, dtype=torch.bfloat16)
+    cache.update(k, k, 0)
+    before = cache.layers[0].packed.clone()
+    for bad, message in (
+        (k[:1], "batch_size=2"),
+        (k.repeat(1, 2, 1, 1), "num_kv_heads=2"),
+        (k.float(), "made for torch.bfloat16"),
+    ):
+        with pytest.raises(CacheMismatchError, match=message):
+            cache.update(bad, bad, 0)
+    assert torch.equal(before, cache.layers[0].packed)
+    assert int(cache.get_seq_length()) == 3
+
+
+def test_bad_arguments():
+    config = build("llama").config
+    with pytest.raises(FormatError, match=r"unknown kv_format 'k4v5'.*Nearest"):
+        TurboQuantCache(config, 64, kv_format="k4v5")
+    with pytest.raises(ValueError, match="max_cache_len=0"):
+        TurboQuantCache(config, 0)
+    with pytest.raises(ValueError, match="skip_layers has 2, but the model has 2 layers"):
+        TurboQuantCache(config, 64, skip_layers=[2])
+    config.head_dim = 12
+    with pytest.raises(FormatError, match="head_dim=12 cannot be stored as k4v4"):
+        TurboQuantCache(config, 64)
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k8v3", "bf16"])
+def test_nbytes_is_what_the_format_promises(name):
+    config = build("llama").config
+    cache = TurboQuantCache(config, 100, kv_format=name)
+    assert cache.nbytes == 0
+    cache = TurboQuantCache(config, 100, kv_format=name, max_batch_size=3, device="cpu")
+    assert cache.nbytes == 2 * KVFormat(name, 16).cache_bytes(3, 2, 100)
+    assert cache.batch_size == 3
+
+
+def test_mixed_layers():
+    model = build("gemma3_text")
+    cache = TurboQuantCache(model.config, MAX_LEN, skip_layers=[-1])
+    kinds = [type(layer) for layer in cache.layers]
+    assert kinds == [SlidingLayer, TurboQuantLayer] * 2
+    assert [layer.kv_format for layer in cache.layers[1::2]] == ["k4v4", "bf16"]
+    assert not cache.is_compileable  # or `generate` would compile with Inductor by itself
+    generate(model, cache, padded_batch())
+
+
+def test_a_sliding_only_model_is_not_packed():
+    model = build("mistral", sliding_window=6)
+    cache = TurboQuantCache(model.config, MAX_LEN)
+    assert {type(layer) for layer in cache.layers} == {SlidingLayer}
+    expected = generate(model, StaticCache(model.config, MAX_LEN), padded_batch())
+    assert torch.equal(generate(model, cache, padded_batch()), expected)
+
+
+def test_latent_attention_is_kept_in_16_bits(caplog):
+    model = build(
+        "deepseek_v3", torch.float32, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4, n_routed_experts=4,
+        first_k_dense_replace=2,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="tq_inductor"):
+        cache = TurboQuantCache(model.config, MAX_LEN)
+    assert "multi-head latent attention caches latents" in caplog.text
+    assert {layer.kv_format for layer in cache.layers} == {"bf16"}
+    out = generate(model, cache, padded_batch())
+    assert torch.equal(out[:, 12:15], generate(model, DynamicCache(), padded_batch())[:, 12:15])
+
+
+def test_self_attention_cache_of_an_encoder_decoder_model():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=99, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None, forced_eos_token_id=None,
+        decoder_start_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 99, (2, 9))
+    outputs = []
+    for own in (DynamicCache(), TurboQuantCache(config, MAX_LEN, kv_format="bf16")):
+        cache = EncoderDecoderCache(own, DynamicCache())
+        outputs.append(model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False))
+    assert torch.equal(outputs[0][:, :4], outputs[1][:, :4])
+
+
+def test_batch_operations():
+    cache = TurboQuantCache(build("llama").config, MAX_LEN, kv_format="bf16")
+    k, v = torch.randn(2, 3, 2, 7, 16, dtype=torch.bfloat16)
+    for layer in range(2):
+        cache.update(k, v, layer)
+    assert torch.equal(cache.layers[0].keys, k)
+    assert torch.equal(cache.layers[1].values, v)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert torch.equal(cache.layers[0].keys, k[[2, 0, 0]])
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    assert torch.equal(cache.layers[1].values, v[[2, 0]])
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[0].keys, k[[2, 2, 0, 0]])
+    cache.crop(-3)
+    assert torch.equal(cache.layers[0].keys, k[[2, 2, 0, 0], :, :4])
+    cache.crop(0)
+    assert int(cache.get_seq_length()) == 4
+    cache.crop(-9)
+    assert cache.get_seq_length() == 0
+
+
+def test_sliding_layers_are_cropped_or_say_why_not():
+    layer = SlidingLayer(MAX_LEN, 8)
+    k = torch.randn(1, 2, 6, 16)
+    layer.update(k, k)
+    layer.crop(-2)
+    keys, _ = layer.update(k[:, :, :1], k[:, :, :1])
+    assert torch.equal(keys[:, :, :5], torch.cat([k[:, :, :4], k[:, :, :1]], 2))
+    layer.update(k, k)
+    with pytest.raises(RuntimeError, match=r"kept the last 8 only.*activate_past_recording"):
+        layer.crop(-1)
+    rollback = layer.rollback_layer()
+    assert rollback.get_seq_length() == 11
+    assert rollback.keys.shape[2] == 7  # a dynamic layer holds one token less than its window
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_cuda_graph_replays_equal_eager(name):
+    model = build("llama", device="cuda", hidden_size=256, intermediate_size=256)
+    ids = padded_batch("cuda")["input_ids"].clamp(min=2)
+
+    def cache():
+        return TurboQuantCache(
+            model.config, 256, kv_format=name, max_batch_size=2, device="cuda", dtype=torch.bfloat16
+        )
+
+    expected = decode_logits(model, model, cache(), ids, 10)
+    counters.clear()
+    options = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
+    compiled = torch.compile(model, backend="turboquant", options=options)
+    with torch.no_grad():
+        packed = cache()
+        got = [compiled(ids, past_key_values=packed).logits[:, -1].clone()]
+        for i in range(10):
+            torch.compiler.cudagraph_mark_step_begin()
+            got.append(compiled(ids[:, i : i + 1], past_key_values=packed).logits[:, -1].clone())
+    assert (torch.stack(got) - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert int(packed.get_seq_length()) == 22

@@ -1,0 +1,36 @@
+"""The command line: doctor, the demo on a CPU, and its errors."""
+
+import json
+
+import pytest
+import torch
+
+from tq_inductor import cli
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__.split('+')[0]}" in out
+    assert "turboquant" in out
+
+
+def test_unknown_format(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--kv-format", "k5v5"])
+    assert "unknown kv_format 'k5v5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_demo(device, capsys, tmp_path):
+    path = tmp_path / "demo.json"
+    assert cli.main(["demo", "--device", device, "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "7 of 7 attention calls rewritten" in out
+    assert "ms per generated token" in out
+    figures = json.loads(path.read_text())
+    exact, packed = figures["readings"]
+    assert exact["cache_bytes"] == 3584
+    assert packed["cache_bytes"] == 952
+    assert exact["bits_per_byte"] < 1.6
+    assert packed["bits_per_byte"] < exact["bits_per_byte"] * 1.1

@@ -1,0 +1,158 @@
+"""The codec of the reference implementation: codebooks, rotation, distortion, extreme values."""
+
+import itertools
+
+import pytest
+import torch
+
+from tq_inductor.codebook import codebook
+from tq_inductor.format import KVFormat, round_up
+from tq_inductor.reference import (
+    centroids_of,
+    decode_vectors,
+    encode_vectors,
+    load,
+    pack,
+    store,
+    unpack,
+)
+from tq_inductor.rotation import rotation_matrix
+
+# Distortion of TurboQuant's exact codes on the unit sphere (shared/reference/quality-and-peers.md §1).
+EXACT = {
+    64: {2: 0.1145, 3: 0.0334, 4: 0.00913},
+    128: {2: 0.1160, 3: 0.0340, 4: 0.00932},
+    256: {2: 0.1167, 3: 0.0343, 4: 0.00941},
+}
+
+
+def round_trip(x, bits):
+    rotation = rotation_matrix(x.shape[-1])
+    return decode_vectors(*encode_vectors(x, bits, rotation), bits, rotation)
+
+
+def distortion(x, bits):
+    error = round_trip(x, bits).double() - x.double()
+    return (error.square().sum(-1) / x.double().square().sum(-1)).mean().item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codebook_is_on_the_fp8_grid_and_near_optimal(bits):
+    book = codebook(bits)
+    values = torch.tensor(book.magnitudes)
+    assert torch.equal(values.to(torch.float8_e4m3fn).to(torch.float32), values)
+    assert torch.equal(
+        values.to(torch.float8_e4m3fn).view(torch.uint8), torch.tensor(book.fp8_bytes).byte()
+    )
+    optimum = {2: 0.11748, 3: 0.034548, 4: 0.0095010}[bits]
+    assert optimum * 0.999 <= book.distortion <= optimum * 1.008
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 112, 128, 192, 256, 512, 576])
+def test_rotation_is_orthogonal_and_the_same_everywhere(head_dim):
+    rotation = rotation_matrix(head_dim)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(head_dim), atol=1e-5)
+    assert torch.equal(rotation, rotation_matrix(head_dim))
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), list(itertools.product(EXACT, (2, 3, 4))))
+def test_distortion_on_the_sphere(head_dim, bits):
+    x = torch.nn.functional.normalize(torch.randn(20_000, head_dim), dim=-1)
+    assert distortion(x, bits) <= EXACT[head_dim][bits] * 1.01
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["one-hot", "constant", "constant offset", "20x outlier"])
+def test_distortion_of_hard_vectors(kind, head_dim, bits):
+    noise = torch.randn(2000, head_dim)
+    x = {
+        "one-hot": torch.eye(head_dim),
+        "constant": torch.full((1, head_dim), 0.3),
+        "constant offset": noise + 3,
+        "20x outlier": torch.cat([noise[:, :5], noise[:, 5:6] * 20, noise[:, 6:]], -1),
+    }[kind]
+    assert distortion(x, bits) <= EXACT[head_dim][bits] * 1.3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [80, 96, 112, 192, 576])
+def test_head_dims_that_are_no_power_of_two(head_dim, bits):
+    limit = {2: 0.119, 3: 0.035, 4: 0.0097, 8: 0.0008}[bits]
+    assert distortion(torch.randn(2000, head_dim), bits) <= limit
+    assert distortion(torch.eye(head_dim), bits) <= limit * 1.3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_extreme_vectors(bits):
+    x = torch.randn(64, 128)
+    for factor in (1e30, 1e5, 1e-7, 1e-30):  # past fp16's largest, and below its smallest
+        assert distortion(x * factor, bits) == pytest.approx(distortion(x, bits), rel=0.05)
+    zeros = torch.zeros(3, 128)
+    assert torch.equal(round_trip(zeros, bits), zeros)
+    assert round_trip(torch.full((1, 128), 1e-42), bits).abs().max() < 1e-38  # a subnormal vanishes
+    for bad in (float("nan"), float("inf")):
+        y = x.clone()
+        y[5, 7] = bad
+        back = round_trip(y, bits)
+        assert back[5].isnan().all()  # visibly not data
+        assert back[[4, 6]].isfinite().all()  # and only that vector
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 576])
+def test_pack_is_undone_by_unpack(head_dim, bits):
+    codes = torch.randint(0, 2**bits, (5, head_dim), dtype=torch.uint8)
+    rows = pack(codes, bits)
+    assert rows.shape == (5, head_dim * bits // 8)
+    assert torch.equal(unpack(rows, bits), codes)
+
+
+def test_bit_order_is_as_documented():
+    codes = torch.arange(16, dtype=torch.uint8) % 8
+    assert pack(codes, 4)[1] == codes[1] | codes[9] << 4
+    signs_and_magnitudes = pack(codes, 3)
+    assert (
+        signs_and_magnitudes[0]
+        == codes[0] & 3 | (codes[4] & 3) << 2 | (codes[8] & 3) << 4 | (codes[12] & 3) << 6
+    )
+    assert signs_and_magnitudes[4] == sum(int(codes[2 * i] >> 2) << i for i in range(8))
+
+
+def test_sign_and_magnitude():
+    magnitudes = torch.tensor(codebook(3).magnitudes)
+    assert torch.equal(
+        centroids_of(torch.arange(8, dtype=torch.uint8), 3), torch.cat([magnitudes, -magnitudes])
+    )
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k3v2", "k8v3", "k2v8", "bf16", "fp16"])
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(16, 16), (80, 80), (128, 64)])
+def test_store_in_pieces_equals_store_at_once(name, head_dim, v_head_dim):
+    fmt = KVFormat(name, head_dim, v_head_dim)
+    rotations = (rotation_matrix(head_dim), rotation_matrix(v_head_dim))
+    k, v = torch.randn(2, 3, 37, head_dim), torch.randn(2, 3, 37, v_head_dim)
+    page_bytes = round_up(37) * fmt.slot_bytes
+    whole, pieces = torch.zeros(2, 2, 3, page_bytes, dtype=torch.uint8)
+    store(whole, k, v, torch.tensor(37), *rotations, fmt)
+    for end, size in ((20, 20), (21, 1), (37, 16)):
+        new = slice(end - size, end)
+        store(pieces, k[:, :, new], v[:, :, new], torch.tensor(end), *rotations, fmt)
+    assert torch.equal(whole, pieces)
+    keys, values = load(whole, torch.tensor([37, 5]), *rotations, fmt, 40)
+    assert keys.shape == (2, 3, 40, head_dim)
+    assert values.shape == (2, 3, 40, v_head_dim)
+    assert (keys[0, :, :37] - k[0]).square().mean() < 0.15
+    assert keys[1, :, 5:].abs().max() == 0  # past the row's length
+    assert values[0, :, 37:].abs().max() == 0
+
+
+def test_tokens_outside_the_page_are_skipped():
+    fmt = KVFormat("k4v4", 16)
+    rotation = rotation_matrix(16)
+    k = torch.randn(2, 1, 4, 16)
+    cache = torch.zeros(2, 1, 16 * fmt.slot_bytes, dtype=torch.uint8)
+    store(cache, k, k, torch.tensor([2, 18]), rotation, rotation, fmt)  # positions -2..1 and 14..17
+    keys, _ = load(cache, torch.tensor([16, 16]), rotation, rotation, fmt, 16)
+    held = keys.abs().sum(-1)[:, 0] > 0
+    assert held.nonzero().tolist() == [[0, 0], [0, 1], [1, 14], [1, 15]]

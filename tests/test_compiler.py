@@ -1,0 +1,338 @@
+"""The compiler: entry point, options, the rewritten graph, refusals, reports."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from tq_inductor.lowering.rewrite import rewrite
+
+from tq_inductor import PackedKVCache, attention_backends, explain
+from tq_inductor.attention.call import AttentionCall
+from tq_inductor.attention.select import BACKENDS, select
+from tq_inductor.compiler import turboquant
+from tq_inductor.errors import NoAttentionBackendError, OptionError
+from tq_inductor.options import parse_options
+
+AUTO = {"prefill": "auto", "decode": "auto"}
+
+
+def make_cache(**kwargs):
+    return PackedKVCache(2, 2, 16, 32, **{"dtype": torch.float32, "device": "cpu", **kwargs})
+
+
+def new_tokens(q_len=1, heads=2):
+    return torch.randn(2, heads, q_len, 16)
+
+
+def length_mask(cache):
+    return (torch.arange(32) < cache.seq_length)[None]
+
+
+def attend(cache, q, k, v):
+    keys, values = cache.update(k, v)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=length_mask(cache), enable_gqa=True)
+
+
+def rewritten(fn, *args):
+    """(graph modules after the rewrite, rows of the report, result)."""
+    graphs, rows = [], []
+
+    def backend(gm, example_inputs):
+        rows.extend(rewrite(gm, AUTO).rows)
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        result = torch.compile(fn, backend=backend, fullgraph=True)(*args)
+    return graphs, rows, result
+
+
+def targets(gm):
+    return [str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+def test_found_in_a_fresh_process_without_importing_us():
+    code = "import torch; print(torch.compile(lambda x: x + 1, backend='turboquant')(torch.ones(2)))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tensor([2., 2.])" in done.stdout
+
+
+def test_everything_else_is_left_to_inductor():
+    x, w = torch.randn(8, 16), torch.randn(16, 16, requires_grad=True)
+
+    def f(x, w):
+        return F.gelu(x @ w).sum()
+
+    out = torch.compile(f, backend="turboquant")(x, w)
+    assert torch.allclose(out, f(x, w), rtol=1e-4)
+    (gradient,) = torch.autograd.grad(out, w)
+    assert torch.allclose(gradient, torch.autograd.grad(f(x, w), w)[0], atol=1e-5)
+
+
+def test_the_decode_graph_has_one_fused_op_and_no_dequantize():
+    (gm,), _, result = rewritten(attend, make_cache(), new_tokens(heads=4), new_tokens(), new_tokens())
+    assert result.shape == (2, 4, 1, 16)
+    code = gm.print_readable(print_output=False, include_stride=False)
+    lines = [line.split("#")[0].strip() for line in code.splitlines()]
+    body = [line.split(";")[0].strip() for line in lines if " = torch.ops." in line or ".add_(" in line]
+    assert_expected_inline(
+        "\n".join(line.replace("torch.ops.tq_inductor.", "") for line in body),
+        """\
+add_: "i64[]" = l_cache_buffers_seq_length_.add_(1)
+tq_append_attend_default: "f32[2, 4, 1, 16]" = tq_append_attend.default(l_cache_buffers_packed_, l_q_, l_k_, l_v_, l_cache_buffers_seq_length_, l_cache_buffers_k_rotation_, l_cache_buffers_k_rotation_, getitem_2, 'k4v4', 32, 0.25)""",
+    )
+
+
+def test_store_stays_when_the_keys_are_read_twice():
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        mask = length_mask(cache)
+        first = F.scaled_dot_product_attention(q, keys, values, mask, 0.0, False, enable_gqa=True)
+        return F.scaled_dot_product_attention(first, keys, values, attn_mask=mask, enable_gqa=True)
+
+    args = (new_tokens(heads=4), new_tokens(), new_tokens())
+    (gm,), rows, result = rewritten(f, make_cache(), *args)
+    names = targets(gm)
+    assert [row.backend for row in rows] == ["turboquant", "turboquant"]
+    assert sum("tq_store" in n for n in names) == 1
+    assert sum("tq_decode" in n for n in names) == 2
+    assert not any("dequantize" in n or "scaled_dot" in n for n in names)
+    assert torch.allclose(result, f(make_cache(), *args), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["repeat_kv", "repeat_interleave", "unsqueeze"])
+def test_repeated_heads_are_stripped(form):
+    def repeat(x):
+        if form == "repeat_interleave":
+            return x.repeat_interleave(2, dim=1)
+        x = x.unsqueeze(2) if form == "unsqueeze" else x[:, :, None, :, :]
+        return x.expand(2, 2, 2, 32, 16).reshape(2, 4, 32, 16)
+
+    def f(cache, q, k, v):
+        keys, values = (repeat(x) for x in cache.update(k, v))
+        return F.scaled_dot_product_attention(q, keys, values, length_mask(cache))
+
+    args = (new_tokens(heads=4), new_tokens(), new_tokens())
+    (gm,), rows, result = rewritten(f, make_cache(), *args)
+    assert [row.backend for row in rows] == ["turboquant"]
+    assert not any("expand" in n or "repeat" in n or "dequantize" in n for n in targets(gm))
+    assert torch.allclose(result, f(make_cache(), *args), atol=1e-5)
+
+
+def refused(attention, reason, cache=None):
+    """`attention(cache, q, k, v)` must be left alone for `reason`, and still be right."""
+    args = (new_tokens(heads=4), new_tokens(), new_tokens())
+    (gm,), rows, result = rewritten(attention, cache or make_cache(), *args)
+    assert rows[-1].backend == "sdpa"
+    assert reason in "; ".join(rows[-1].not_chosen["turboquant"])
+    assert any("scaled_dot_product_attention" in n for n in targets(gm))
+    assert torch.allclose(result, attention(make_cache(), *args), atol=1e-5)
+
+
+def test_refuses_heads_in_another_order():
+    def f(cache, q, k, v):
+        keys, values = (x.repeat(1, 2, 1, 1) for x in cache.update(k, v))
+        return F.scaled_dot_product_attention(q, keys, values, length_mask(cache))
+
+    refused(f, "not read from a packed cache")
+
+
+def test_refuses_a_call_without_a_mask():
+    def f(cache, q, k, v):
+        return F.scaled_dot_product_attention(q, *cache.update(k, v), enable_gqa=True)
+
+    refused(f, "no attn_mask: over all kv_len=32 slots, empty ones would be visible")
+
+
+def test_refuses_top_left_causal():
+    def f(cache, q, k, v):
+        return F.scaled_dot_product_attention(q, *cache.update(k, v), is_causal=True, enable_gqa=True)
+
+    refused(f, "is_causal=True is aligned top-left")
+
+
+def test_refuses_keys_and_values_swapped():
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        return F.scaled_dot_product_attention(q, values, keys, length_mask(cache), enable_gqa=True)
+
+    refused(f, "not read from a packed cache")
+
+
+def test_refuses_changed_keys():
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        return F.scaled_dot_product_attention(q, keys * 2, values, length_mask(cache), enable_gqa=True)
+
+    refused(f, "not read from a packed cache")
+
+
+def test_refuses_when_the_cache_changes_before_it_is_read():
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        mask = length_mask(cache)
+        cache.update(v, k)
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+    refused(f, "changes the cache between its reading and the attention call")
+
+
+def test_refuses_dropout_and_gradients():
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        mask = length_mask(cache)
+        return F.scaled_dot_product_attention(q, keys, values, mask, dropout_p=0.5, enable_gqa=True)
+
+    args = (new_tokens(heads=4), new_tokens(), new_tokens())
+    _, rows, _ = rewritten(f, make_cache(), *args)
+    assert "dropout_p=0.5" in "; ".join(rows[0].not_chosen["turboquant"])
+    report = explain(attend, make_cache(), args[0].requires_grad_(), *args[1:])
+    assert "a gradient is needed" in "; ".join(report.rows[0].not_chosen["turboquant"])
+
+
+def test_long_chunks_are_dequantized():
+    call = AttentionCall(
+        1, 512, 4096, 32, 8, 128, 128, torch.bfloat16, "cuda", (9, 0), "bool", kv_format="k4v4"
+    )
+    choice = select(call)
+    assert choice.backend == "sdpa"
+    assert "q_len=512 (at most 128)" in choice.not_chosen["turboquant"][0]
+    assert call.phase == "prefill"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+def test_choice_for_simulated_gpus(capability):
+    call = AttentionCall(
+        8, 1, 4096, 32, 8, 128, 128, torch.bfloat16, "cuda", capability, "bool", kv_format="k4v4"
+    )
+    choice = select(call)
+    assert choice.backend == ("turboquant" if capability >= (8, 0) else "sdpa")
+    if capability < (8, 0):
+        assert choice.not_chosen["turboquant"] == ["compute capability (7, 5) (needs at least (8, 0))"]
+
+
+def test_sub_graphs_are_rewritten():
+    def f(cache, q, k, v):
+        return torch.utils.checkpoint.checkpoint(lambda x: x * 2, q, use_reentrant=False) + attend(
+            cache, q, k, v
+        )
+
+    def inside(q, k, v, mask):
+        def attention(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        return torch.utils.checkpoint.checkpoint(attention, q, k, v, use_reentrant=False)
+
+    q = new_tokens()
+    _, rows, _ = rewritten(inside, q, q, q, torch.ones(1, 1, dtype=torch.bool))
+    assert len(rows) == 1
+    args = (new_tokens(heads=4), new_tokens(), new_tokens())
+    _, rows, result = rewritten(f, make_cache(), *args)
+    assert [row.backend for row in rows] == ["turboquant"]
+    assert torch.allclose(result, f(make_cache(), *args), atol=1e-5)
+
+
+def test_explain_tells_modules_lines_and_reasons():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = make_cache()
+
+        def forward(self, q, k, v):
+            return attend(self.cache, q, k, v)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Layer(), Layer()])
+
+        def forward(self, q, k, v):
+            for layer in self.layers:
+                q = layer(q, k, v)
+            return F.scaled_dot_product_attention(q, q, q)
+
+    with torch.no_grad():
+        report = explain(Model(), new_tokens(heads=4), new_tokens(), new_tokens())
+    assert [row.backend for row in report.rows] == ["turboquant", "turboquant", "sdpa"]
+    assert [row.module for row in report.rows[:2]] == ["layers.0", "layers.1"]
+    first = report.rows[0]
+    assert "test_compiler.py" in first.source
+    assert "in attend" in first.source
+    assert first.kv_source == "a packed cache, k4v4, max_len=32"
+    assert first.mask == "bool"
+    assert "turboquant is preferred" in first.not_chosen["sdpa"]
+    text = str(report)
+    assert "2 of 3 attention calls rewritten" in text
+    assert "not turboquant: keys and values are not read from a packed cache" in text
+    assert len(json.loads(report.to_json())) == 3
+
+
+def test_report_reaches_counters_and_log(caplog):
+    counters["turboquant"].clear()
+    with caplog.at_level(logging.INFO, logger="tq_inductor"), torch.no_grad():
+        compiled = torch.compile(attend, backend="turboquant", fullgraph=True)
+        compiled(make_cache(), new_tokens(heads=4), new_tokens(), new_tokens())
+    assert counters["turboquant"] == {"calls": 1, "rewritten.turboquant": 1}
+    assert "1 of 1 attention calls rewritten" in caplog.text
+
+
+def compile_with(options=None, mode=None, fn=None):
+    fn = fn or (lambda x: F.scaled_dot_product_attention(x, x, x))
+    with torch.no_grad():
+        return torch.compile(fn, backend="turboquant", options=options, mode=mode)(torch.randn(1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"atention": "auto"}, r"unknown option 'atention'.*Nearest: attention"),
+        ({"max_autotun": True}, r"unknown option 'max_autotun'.*Nearest: max_autotune"),
+        ({"attention": "turbo"}, r"unknown attention backend 'turbo'.*Nearest: turboquant"),
+        ({"attention": {"decoding": "auto"}}, r"phase 'decoding'. Allowed: prefill, decode"),
+        ({"attention": {"decode": "fast"}}, r"unknown attention backend 'fast'"),
+        ({"strict": "yes"}, r"strict='yes' must be True or False"),
+    ],
+)
+def test_bad_options_are_value_errors_that_name_the_nearest(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        compile_with(options)
+    assert isinstance(caught.value, OptionError)
+
+
+def test_bad_mode():
+    with pytest.raises(ValueError, match=r"unknown mode 'fast'. Allowed: default, "):
+        turboquant(torch.fx.symbolic_trace(lambda x: x), [], mode="fast")
+
+
+def test_good_options():
+    parsed = parse_options("reduce-overhead", {"attention": {"decode": "sdpa"}, "max_autotune": True})
+    assert parsed.attention == {"prefill": "auto", "decode": "sdpa"}
+    assert parsed.inductor == {"triton.cudagraphs": True, "max_autotune": True}
+    assert compile_with({"attention": "sdpa", "triton.cudagraphs": False}).shape == (1, 2, 4, 8)
+    assert compile_with(mode="reduce-overhead").shape == (1, 2, 4, 8)
+
+
+def test_a_named_backend_that_cannot_run_says_why():
+    with pytest.raises(NoAttentionBackendError, match=r"not read from a packed cache") as caught:
+        compile_with({"attention": "turboquant"})
+    assert "q=[1, 2, 4, 8]" in str(caught.value)
+
+
+def test_strict_lists_what_was_left():
+    with pytest.raises(
+        NoAttentionBackendError, match=r"strict.*\n.*(\n.*)*0 of 1 attention calls rewritten"
+    ):
+        compile_with({"strict": True})
+    assert compile_with({"strict": True}, fn=torch.sin).shape == (1, 2, 4, 8)
+
+
+def test_attention_backends_lists_all_in_order():
+    assert list(attention_backends()) == [b.name for b in BACKENDS] == ["turboquant", "sdpa"]
+    assert attention_backends()["sdpa"]

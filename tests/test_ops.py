@@ -1,0 +1,109 @@
+"""The ops: `opcheck` on each, what they compute, and that a backward is refused."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import tq_inductor.ops  # noqa: F401
+from tq_inductor.format import KVFormat, round_up
+from tq_inductor.reference import attention, load
+from tq_inductor.rotation import rotation_matrix
+
+ops = torch.ops.tq_inductor
+MAX_LEN = 40
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def cache_arguments(name, device, head_dim=16, v_head_dim=16):
+    """(cache, (k, v), (seq_lens, rotations)) with 7 tokens in each of 2 rows."""
+    fmt = KVFormat(name, head_dim, v_head_dim)
+    shape = (2, 2, round_up(MAX_LEN) * fmt.slot_bytes)
+    cache = torch.zeros(shape, dtype=torch.uint8, device=device)
+    k, v = (torch.randn(2, 2, 7, d, device=device) for d in (head_dim, v_head_dim))
+    rotations = (rotation_matrix(head_dim, device), rotation_matrix(v_head_dim, device))
+    return cache, (k, v), (torch.tensor(7, device=device), *rotations)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["k4v4", "k3v2", "bf16"])
+def test_opcheck(name, device):
+    cache, kv, tail = cache_arguments(name, device)
+    q = torch.randn(2, 4, 7, 16, device=device)
+    mask = torch.ones(1, 1, 7, MAX_LEN, dtype=torch.bool, device=device)
+    opcheck(ops.tq_store.default, (cache, *kv, *tail, name))
+    ops.tq_store(cache, *kv, *tail, name)
+    opcheck(ops.tq_dequantize.default, (cache, *tail, name, MAX_LEN, torch.float32))
+    opcheck(ops.tq_decode.default, (q, cache, *tail, None, name, MAX_LEN, 0.25))
+    opcheck(ops.tq_append_attend.default, (cache, q, *kv, *tail, mask, name, MAX_LEN, 0.25))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_varlen(device):
+    cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(7, heads, 16, device=device) for heads in (4, 2, 2))
+    opcheck(ops.varlen_attn.default, (q, k, v, cu_seqlens, cu_seqlens, 4, 4, True, 0.25))
+
+
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_decode_equals_dequantize_then_sdpa(name):
+    cache, kv, tail = cache_arguments(name, "cpu", v_head_dim=8)
+    ops.tq_store(cache, *kv, *tail, name)
+    keys, values = ops.tq_dequantize(cache, *tail, name, MAX_LEN, torch.float32)
+    q = torch.randn(2, 4, 3, 16)
+    mask = torch.rand(2, 1, 3, MAX_LEN) < 0.3  # slots past the length too: zeros, as SDPA sees them
+    mask[0, 0, 1] = False
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
+    expected[0, :, 1] = 0  # a query that sees nothing gives zeros
+    got = ops.tq_decode(q, cache, *tail, mask, name, MAX_LEN, 0.25)
+    assert torch.allclose(got, expected, atol=1e-5)
+    bias = torch.where(mask, torch.randn(2, 1, 3, MAX_LEN), float("-inf"))
+    biased = torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=bias, scale=0.25, enable_gqa=True
+    )
+    biased[0, :, 1] = 0
+    got = ops.tq_decode(q, cache, *tail, bias, name, MAX_LEN, 0.25)
+    assert torch.allclose(got, biased, atol=1e-5)
+
+
+def test_without_a_mask_decode_is_causal_bottom_right():
+    cache, kv, (_, *rotations) = cache_arguments("k4v4", "cpu")
+    seq_lens = torch.tensor([7, 4])
+    ops.tq_store(cache, *kv, seq_lens, *rotations, "k4v4")
+    q = torch.randn(2, 4, 3, 16)
+    got = ops.tq_decode(q, cache, seq_lens, *rotations, None, "k4v4", MAX_LEN, 0.25)
+    keys, values = load(cache, seq_lens, *rotations, KVFormat("k4v4", 16), MAX_LEN)
+    for row, length in enumerate(seq_lens.tolist()):
+        visible = torch.arange(MAX_LEN) <= torch.arange(length - 3, length)[:, None]
+        one = slice(row, row + 1)
+        expected = attention(q[one].double(), keys[one].double(), values[one].double(), visible, 0.25)
+        assert torch.allclose(got[one].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_varlen_equals_one_by_one(is_causal):
+    lens_q, lens_k = [3, 0, 5, 1], [4, 2, 5, 0]
+    cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k))
+    q, k, v = torch.randn(9, 4, 16), torch.randn(11, 2, 16), torch.randn(11, 2, 24)
+    out = ops.varlen_attn(q, k, v, cu_q, cu_k, 5, 5, is_causal, 0.25)
+    assert out.shape == (9, 4, 24)
+    for i, (q_len, k_len) in enumerate(zip(lens_q, lens_k, strict=True)):
+        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        mask = torch.ones(q_len, k_len).tril(k_len - q_len).bool() if is_causal else None
+        if k_len:
+            parts = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *parts, attn_mask=mask, scale=0.25, enable_gqa=True
+            )
+            assert torch.allclose(out[rows], expected[0].transpose(0, 1), atol=1e-5)
+    assert out[8].abs().max() == 0  # no key at all
+
+
+def test_backward_is_refused():
+    cache, kv, tail = cache_arguments("k4v4", "cpu")
+    ops.tq_store(cache, *kv, *tail, "k4v4")
+    q = torch.randn(2, 4, 1, 16, requires_grad=True)
+    out = ops.tq_decode(q, cache, *tail, None, "k4v4", MAX_LEN, 0.25)
+    with pytest.raises(RuntimeError, match=r"no backward.*torch.no_grad"):
+        out.sum().backward()
