@@ -69,6 +69,12 @@ def load_centroids(
 
 
 @triton.jit
+def nan_if_overfull(seq_len, max_len):
+    """NaN if a row holds more tokens than `max_len` (some were dropped), else 0: to be added."""
+    return tl.where(seq_len > max_len, float("nan"), 0.0)
+
+
+@triton.jit
 def fp8_byte(x):
     """The e4m3 byte, int32, of float32 `x` within +-448, rounded to nearest even."""
     bits = x.to(tl.int32, bitcast=True)

@@ -21,9 +21,16 @@ import triton
 import triton.language as tl
 
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import FP16_UNIT, TINY, load_centroids, magnitude_words, operand_dtype
+from .bits import (
+    FP16_UNIT,
+    TINY,
+    load_centroids,
+    magnitude_words,
+    nan_if_overfull,
+    operand_dtype,
+)
 
-CTAS_PER_SM = 4  # at 128 threads and up to 128 registers each
+CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 CPU_SMS = 2  # in the interpreter
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -238,7 +245,8 @@ def decode_split_kernel(
 
 @triton.jit
 def decode_reduce_kernel(
-    partial_ptr, log_ptr, rotation_ptr, out_ptr, splits, q_len, ROTATE: tl.constexpr,
+    partial_ptr, log_ptr, seq_lens_ptr, rotation_ptr, out_ptr, lens_stride, batch_rows, splits, q_len,
+    max_len, ROTATE: tl.constexpr,
     V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
@@ -263,6 +271,7 @@ def decode_reduce_kernel(
         out += tl.sum(partial * weight[:, None], axis=0)
         total += tl.sum(weight, axis=0)
     out /= tl.where(total == 0.0, 1.0, total)
+    out += nan_if_overfull(tl.load(seq_lens_ptr + row // batch_rows * lens_stride), max_len)
 
     group_row = row // HEADS
     kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
@@ -350,22 +359,24 @@ def decode(
     v_lo, v_hi = magnitude_words(fmt.v_bits)
     row_dtypes = {torch.uint8: tl.uint8, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    lens_stride = seq_lens.expand(batch).stride(0)
     with torch.cuda.device_of(q):
         queries = q if fmt.is_lossless else rotate(q, k_rotation)
         decode_split_kernel[(programs * splits, kv_heads, batch)](
             queries, cache, seq_lens, mask, partial, logs, *queries.stride(), *cache.stride()[:2],
-            seq_lens.expand(batch).stride(0), *mask_strides, *offsets, q_len, max_len, splits, scale,
+            lens_stride, *mask_strides, *offsets, q_len, max_len, splits, scale,
             K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
             OPERAND=operand, ROW_DTYPE=row_dtypes[fmt.dtype], K_DIM=dim, V_DIM=dv,
             V_GROUP=1 if fmt.is_lossless else PAGE_ALIGNMENT, HEADS=group, MASK=mask_kind,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
             num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
-            num_stages=2,
+            num_stages=3,
         )  # fmt: skip
         block_dims = triton.next_power_of_2(dv)
         decode_reduce_kernel[(batch * heads * q_len,)](
-            partial, logs, v_rotation, out, splits, q_len, ROTATE=not fmt.is_lossless, V_DIM=dv,
-            HEADS=group, BLOCK_S=max(1, 4096 // block_dims), BLOCK_D=block_dims,
-            BLOCK_OUT=max(1, 4096 // block_dims), num_warps=4,  # 32 values a thread
+            partial, logs, seq_lens, v_rotation, out, lens_stride, heads * q_len, splits, q_len, max_len,
+            ROTATE=not fmt.is_lossless, V_DIM=dv, HEADS=group, BLOCK_S=max(1, 4096 // block_dims),
+            BLOCK_D=block_dims, BLOCK_OUT=max(1, 4096 // block_dims),
+            num_warps=4,  # 32 values a thread
         )  # fmt: skip
     return out

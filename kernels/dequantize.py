@@ -10,19 +10,21 @@ import triton
 import triton.language as tl
 
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import FP16_UNIT, load_centroids, magnitude_words
+from .bits import FP16_UNIT, load_centroids, magnitude_words, nan_if_overfull
 
 
 @triton.jit
 def dequantize_tile(
-    row_ptr, scale_ptr, rotation_ptr, out_ptr, tokens, filled, max_len, BITS: tl.constexpr,
+    row_ptr, scale_ptr, rotation_ptr, out_ptr, tokens, seq_len, max_len, BITS: tl.constexpr,
     LO: tl.constexpr, HI: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Decode the rows at `row_ptr` [tokens] and write them to the rows at `out_ptr` [tokens]."""
     BLOCK_N: tl.constexpr = tokens.shape[0]
+    filled = tl.minimum(seq_len, max_len)
     known = tokens < filled
     scale = tl.load(scale_ptr, mask=known, other=0.0).to(tl.float32) * FP16_UNIT
+    scale += nan_if_overfull(seq_len, max_len)
     for first in range(0, DIM, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -53,14 +55,14 @@ def dequantize_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // kv_heads
-    filled = tl.minimum(tl.load(seq_lens_ptr + batch * lens_stride), max_len)
+    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
     page_ptr = cache_ptr + batch * cache_stride_b + row % kv_heads * cache_stride_h
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(2) == 0:
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + tokens
         dequantize_tile(
             page_ptr + tokens * (K_DIM * K_BITS // 8), scale_ptr, k_rotation_ptr,
-            k_ptr + (row * max_len + tokens) * K_DIM, tokens, filled, max_len,
+            k_ptr + (row * max_len + tokens) * K_DIM, tokens, seq_len, max_len,
             K_BITS, K_LO, K_HI, K_DIM, 1, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     else:
@@ -68,16 +70,18 @@ def dequantize_kernel(
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + tokens
         dequantize_tile(
             row_ptr + tokens % GROUP, scale_ptr, v_rotation_ptr,
-            v_ptr + (row * max_len + tokens) * V_DIM, tokens, filled, max_len,
+            v_ptr + (row * max_len + tokens) * V_DIM, tokens, seq_len, max_len,
             V_BITS, V_LO, V_HI, V_DIM, GROUP, BLOCK_D, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
-def copy_tile(row_ptr, out_ptr, tokens, filled, max_len, DIM: tl.constexpr):
+def copy_tile(row_ptr, out_ptr, tokens, seq_len, max_len, DIM: tl.constexpr):
     """Convert the rows at `row_ptr` [tokens] to the type of, and write them to, `out_ptr`."""
     dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
-    x = tl.load(row_ptr[:, None] + dims, mask=(tokens < filled)[:, None] & (dims < DIM), other=0.0)
+    known = tokens < tl.minimum(seq_len, max_len)
+    x = tl.load(row_ptr[:, None] + dims, mask=known[:, None] & (dims < DIM), other=0.0)
+    x += nan_if_overfull(seq_len, max_len)
     mask = (tokens < max_len)[:, None] & (dims < DIM)
     tl.store(out_ptr[:, None] + dims, x.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -90,15 +94,15 @@ def dequantize_lossless_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // kv_heads
-    filled = tl.minimum(tl.load(seq_lens_ptr + batch * lens_stride), max_len)
+    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
     page_ptr = cache_ptr + batch * cache_stride_b + row % kv_heads * cache_stride_h
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(2) == 0:
         row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + tokens * K_DIM
-        copy_tile(row_ptr, k_ptr + (row * max_len + tokens) * K_DIM, tokens, filled, max_len, K_DIM)
+        copy_tile(row_ptr, k_ptr + (row * max_len + tokens) * K_DIM, tokens, seq_len, max_len, K_DIM)
     else:
         row_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(ROW_DTYPE)) + tokens * V_DIM
-        copy_tile(row_ptr, v_ptr + (row * max_len + tokens) * V_DIM, tokens, filled, max_len, V_DIM)
+        copy_tile(row_ptr, v_ptr + (row * max_len + tokens) * V_DIM, tokens, seq_len, max_len, V_DIM)
 
 
 def dequantize(

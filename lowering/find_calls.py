@@ -45,6 +45,6 @@ def value_of(node: Any) -> Any:
 
 
 def static_size(tensor: torch.Tensor, dim: int) -> int | None:
-    """A size if it is known at compile time, else None; adds no guard."""
-    size = tensor.shape[dim]
+    """A size (of a negative `dim`) if there is one, known at compile time, else None; adds no guard."""
+    size = tensor.shape[dim] if -dim <= tensor.dim() else None
     return size if isinstance(size, int) else None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .find_calls import value_of
+from .find_calls import SDPANode, value_of
 
 OPS = torch.ops.tq_inductor
 IN_PLACE_OPERATORS = {
@@ -72,36 +72,42 @@ def _storages(*nodes: Any) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
 
 
-def _mutates(node: fx.Node) -> bool:
-    """Whether a node may write to one of its arguments; True when in doubt."""
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node may write to; all of them when in doubt."""
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        in_place = str(node.target).endswith("_") and not str(node.target).endswith("__")
+        return node.all_input_nodes[:1] if in_place else []
     if node.op != "call_function":
-        return node.op == "call_module"
+        return node.all_input_nodes if node.op == "call_module" else []
     target = node.target
     overload = getattr(target, "default", target)
     if isinstance(overload, torch._ops.OpOverload):
-        return overload._schema.is_mutable
+        arguments = overload._schema.arguments
+        named = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+        written = [named.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
+        plain = [x for x in written if isinstance(x, fx.Node)]
+        return plain if len(plain) == len(written) else node.all_input_nodes
     if isinstance(target, torch._ops.HigherOrderOperator) or "out" in node.kwargs:
-        return True
+        return node.all_input_nodes
     name = getattr(target, "__name__", "")
-    return name in IN_PLACE_OPERATORS or name.endswith("_")
+    return node.all_input_nodes if name in IN_PLACE_OPERATORS or name.endswith("_") else []
 
 
-def _writes_between(first: fx.Node, last: fx.Node, *tensors: fx.Node) -> list[fx.Node]:
+def writes_between(first: fx.Node, last: fx.Node, *tensors: fx.Node) -> list[fx.Node]:
     """Nodes after `first` and before `last` that may write to the memory of any of `tensors`."""
     memory = _storages(*tensors)
     writers = []
     node = first.next
     while node is not last:
-        if _mutates(node) and _storages(*node.all_input_nodes) & memory:
+        if _storages(*_written(node)) & memory:
             writers.append(node)
         node = node.next
     return writers
 
 
-def packed_source(key: fx.Node, value: fx.Node, attention: fx.Node) -> PackedSource | None:
+def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode) -> PackedSource | None:
     """The packed cache that `key` and `value` (heads not repeated) are read from; None if none."""
+    attention = sdpa.node
     if not all(isinstance(n, fx.Node) and n.target is operator.getitem for n in (key, value)):
         return None
     dequantize = key.args[0]
@@ -113,7 +119,10 @@ def packed_source(key: fx.Node, value: fx.Node, attention: fx.Node) -> PackedSou
     cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype = dequantize.args
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in _writes_between(dequantize, attention, cache, seq_lens)  # type: ignore[arg-type]
+        for node in writes_between(dequantize, attention, cache, seq_lens)  # type: ignore[arg-type]
+    ] + [
+        f"{node.name} changes the keys or values that were read"
+        for node in writes_between(dequantize, attention, key, value, sdpa.key, sdpa.value)
     ]
     store = _store_of(dequantize, attention)
     return PackedSource(
@@ -142,7 +151,7 @@ def _store_of(dequantize: fx.Node, attention: fx.Node) -> fx.Node | None:
     if store.args[3:] != (seq_lens, k_rotation, v_rotation, kv_format):
         return None
     new_k, new_v = store.args[1:3]
-    if _writes_between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]
+    if writes_between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]
         return None
     node = dequantize.next
     while node is not attention:

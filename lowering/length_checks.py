@@ -13,16 +13,16 @@ import torch
 from torch import fx
 
 from ..format import KVFormat
-from ..storage import check_room, note_length
+from ..storage import check_room, forget_length, note_length
 from .find_calls import value_of
-from .kv_source import OPS, calls_op
+from .kv_source import OPS, calls_op, writes_between
 
 
 @dataclass
 class _Append:
     """What the graph appends to the cache whose length is one of its inputs; sizes may be symbolic."""
 
-    new_tokens: Any
+    new_tokens: list[Any]
     limits: list[Any]  # tokens that fit: all of these
 
 
@@ -40,11 +40,15 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
         if seq_lens not in inputs or value_of(seq_lens).dim() != 0:
             continue
         index = inputs.index(seq_lens)
+        append = appends.setdefault(index, _Append([], [_page_size(named)]))
         if "k" in named:
-            appends[index] = _Append(value_of(named["k"]).shape[2], [_page_size(named)])
-        if "max_len" in named and index in appends:
-            appends[index].limits.append(value_of(named["max_len"]))
-    if not appends:
+            append.new_tokens.append(value_of(named["k"]).shape[2])
+        if "max_len" in named:
+            append.limits.append(value_of(named["max_len"]))
+    # A length that something else changes too is not known here; the next look reads the device.
+    unknown = [i for i, append in appends.items() if not _only_appended(inputs[i], append)]
+    appends = {i: append for i, append in appends.items() if append.new_tokens and i not in unknown}
+    if not appends and not unknown:
         return None
     symbols = {
         value_of(node).node.expr: i
@@ -62,16 +66,27 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
         lengths = {}
         for i, append in appends.items():
             room = min(size(limit, args) for limit in append.limits)
-            lengths[i] = check_room(args[i], size(append.new_tokens, args), room)
+            new_tokens = sum(size(count, args) for count in append.new_tokens)
+            lengths[i] = check_room(args[i], new_tokens, room)
 
         def note() -> None:
             for i, length in lengths.items():
                 if length is not None:
                     note_length(args[i], length)
+            for i in unknown:
+                forget_length(args[i])
 
         return note
 
     return check
+
+
+def _only_appended(seq_length: fx.Node, append: _Append) -> bool:
+    """Whether all that the graph does to a length is to add to it, once for each append."""
+    last = next(iter(reversed(seq_length.graph.nodes)))
+    writers = writes_between(seq_length, last, seq_length)
+    adds = [node for node in writers if node.op == "call_method" and node.target == "add_"]
+    return len(writers) == len(adds) == len(append.new_tokens)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

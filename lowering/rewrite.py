@@ -47,7 +47,7 @@ def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
 def _rewrite_call(sdpa: SDPANode, requested: dict[str, str]) -> CallRow:
     key, k_repeats = strip_repeated_heads(sdpa.key)
     value, v_repeats = strip_repeated_heads(sdpa.value)
-    source = packed_source(key, value, sdpa.node) if k_repeats == v_repeats else None
+    source = packed_source(key, value, sdpa) if k_repeats == v_repeats else None
     call = _describe(sdpa, key, value, source)
     choice = select(call, requested[call.phase])
     row = row_of(sdpa.node, call, choice)
@@ -61,6 +61,8 @@ def _describe(sdpa: SDPANode, key: fx.Node, value: fx.Node, source: PackedSource
     q, k, v, out = (value_of(n) for n in (sdpa.query, key, value, sdpa.node))
     mask = value_of(sdpa.attn_mask)
     obstacles = list(source.obstacles) if source else []
+    if not q.dim() == k.dim() == v.dim() == 4:
+        obstacles.append(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions (needs 4)")
     if source and not q.dtype == source.dtype == out.dtype:
         obstacles.append(f"q is {q.dtype}, the cache gives {source.dtype}, attention {out.dtype}")
     if not isinstance(sdpa.scale, (int, float, type(None))):
@@ -69,13 +71,13 @@ def _describe(sdpa: SDPANode, key: fx.Node, value: fx.Node, source: PackedSource
         obstacles.append("is_causal is not known at compile time")
     cuda = q.device.type == "cuda" and torch.version.cuda
     return AttentionCall(
-        batch_size=static_size(q, 0),
-        q_len=static_size(q, 2),
-        kv_len=static_size(k, 2),
-        num_heads=static_size(q, 1),
-        num_kv_heads=static_size(k, 1),
-        head_dim=static_size(q, 3),
-        v_head_dim=static_size(v, 3),
+        batch_size=static_size(q, -4),
+        q_len=static_size(q, -2),
+        kv_len=static_size(k, -2),
+        num_heads=static_size(q, -3),
+        num_kv_heads=static_size(k, -3),
+        head_dim=static_size(q, -1),
+        v_head_dim=static_size(v, -1),
         dtype=out.dtype,
         device=q.device.type,
         capability=torch.cuda.get_device_capability(q.device) if cuda else None,
@@ -116,13 +118,26 @@ def _read_packed(sdpa: SDPANode, source: PackedSource) -> None:
     graph = sdpa.node.graph
     with graph.inserting_before(sdpa.node):
         attend = graph.call_function(op, (*args, *cache_args, *tail))
-    attend.meta.update(sdpa.node.meta)
-    sdpa.node.replace_all_uses_with(attend)
+        result = _in_layout_of(value_of(sdpa.node), attend)
+    for node in {attend, result}:
+        node.meta.update(sdpa.node.meta)
+    sdpa.node.replace_all_uses_with(result)
     for node in (sdpa.node, *chain, source.dequantize):
         if not node.users:
             graph.erase_node(node)
     if store is not None:
         graph.erase_node(store)
+
+
+def _in_layout_of(expected: torch.Tensor, attend: fx.Node) -> fx.Node:
+    """The op's result (contiguous) in the layout that SDPA gives: Dynamo may have traced `view`s of it."""
+    if expected.is_contiguous() or not expected.transpose(1, 2).is_contiguous():
+        return attend
+    result = attend
+    for method, args in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
+        result = attend.graph.call_method(method, (result, *args))
+        result.meta.update(attend.meta)
+    return result
 
 
 def _chain(sdpa: SDPANode) -> list[fx.Node]:

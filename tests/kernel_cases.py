@@ -86,6 +86,8 @@ DEQUANTIZE_INTERPRETED = [
     Case("k3v2", 24, 8, lens=(17,), max_len=33, dtype=FP16),
     Case("k8v4", 16, 160, lens=(1, 35), max_len=36, dtype=FP32),
     Case("fp16", 20, 12, lens=(9, 40), max_len=40, dtype=FP16),
+    Case("k2v3", 16, lens=(20, 50), max_len=40, dtype=FP32),  # the second row is overfull
+    Case("fp16", 16, lens=(20, 50), max_len=40, dtype=FP16),
 ]
 DECODE_INTERPRETED = [
     Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
@@ -94,6 +96,7 @@ DECODE_INTERPRETED = [
     Case("k2v8", 16, q_len=3, lens=(40,), max_len=150, mask="left", dtype=FP16),
     Case("k4v8", 24, 8, q_len=2, lens=(50,), max_len=60, mask="bool", dtype=FP32),
     Case("k4v4", 80, q_len=4, lens=(40, 2), max_len=50, dtype=FP32),
+    Case("k4v4", 16, heads=6, q_len=2, lens=(50, 20), max_len=40, dtype=FP32),  # the first is overfull
     Case("fp16", 48, 64, q_len=2, lens=(129, 1), dtype=FP16),
     Case("bf16", 20, lens=(60,), max_len=150, mask="row", dtype=FP32),
 ]
@@ -287,8 +290,10 @@ def check_dequantize(case: Case, device: str) -> None:
         results = dequantize(
             cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype
         )
-    expected = reference.load(cache.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt, case.max_len)
+    lens = lengths(case, "cpu")
+    expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len)
     for actual, wanted in zip(results, expected, strict=True):
+        wanted = reference.poison_overfull(wanted, lens, case.max_len)
         assert actual.dtype == case.dtype
         assert_close(actual, wanted.double(), case.dtype)
 
@@ -330,6 +335,7 @@ def check_decode(case: Case, device: str) -> None:
     visible, bias = reference.visible_keys(mask, lens, case.q_len, case.max_len)
     bias = None if bias is None else bias.double()
     expected = reference.attention(q.cpu().double(), k.double(), v.double(), visible, scale, bias)
+    expected = reference.poison_overfull(expected, lens, case.max_len)
     assert_close(actual, expected, case.dtype)
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
 from tq_inductor import KVFormat, TurboQuantCache, explain
-from tq_inductor.cache import SlidingLayer, TurboQuantLayer
+from tq_inductor.cache_layers import SlidingLayer, TurboQuantLayer
 from tq_inductor.errors import CacheFullError, CacheMismatchError, FormatError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -239,6 +239,48 @@ def test_what_does_not_fit_changes_nothing():
             cache.update(bad, bad, 0)
     assert torch.equal(before, cache.layers[0].packed)
     assert int(cache.get_seq_length()) == 3
+
+
+def test_a_sliding_window_model_after_taking_tokens_back():
+    model = build("gemma3_text", torch.float32)
+    cache = TurboQuantCache(model.config, MAX_LEN)
+    inputs = {"input_ids": REPETITIVE}
+    first = generate(model, cache, inputs, prompt_lookup_num_tokens=3)
+    cache.reset()
+    assert torch.equal(
+        generate(model, cache, inputs), generate(model, TurboQuantCache(model.config, 64), inputs)
+    )
+    cache.reset()
+    assert torch.equal(generate(model, cache, inputs, prompt_lookup_num_tokens=3), first)
+
+
+def test_a_mask_made_elsewhere_does_not_meet_an_old_length():
+    model = build("llama", torch.float32)
+    cache = TurboQuantCache(model.config, MAX_LEN, kv_format="bf16")
+    ids = torch.randint(2, 99, (1, 6))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        torch.compile(model, backend="aot_eager")(ids[:, :1], past_key_values=cache)
+        mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+        model(ids[:, :1], past_key_values=cache, attention_mask=mask)
+    keys, _ = cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+    assert keys.shape[2] == 9
+
+
+def test_multi_query_models_are_allocated_at_the_first_forward():
+    model = build("falcon", torch.float32, multi_query=True, alibi=False, new_decoder_architecture=False)
+    cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device="cpu", dtype=torch.float32)
+    generate(model, cache, padded_batch())
+    assert cache.layers[0].packed.shape[1] == 1
+
+
+def test_inference_mode():
+    model = build("llama", torch.float32)
+    expected = generate(model, TurboQuantCache(model.config, MAX_LEN), padded_batch())
+    model.compile(backend="turboquant")
+    cache = TurboQuantCache(model.config, MAX_LEN)
+    with torch.inference_mode():
+        assert torch.equal(generate(model, cache, padded_batch()), expected)
 
 
 def test_bad_arguments():

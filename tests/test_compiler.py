@@ -184,6 +184,51 @@ def test_refuses_when_the_cache_changes_before_it_is_read():
     refused(f, "changes the cache between its reading and the attention call")
 
 
+@pytest.mark.parametrize("change", ["method", "item", "foreach"])
+def test_refuses_keys_changed_in_place(change):
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        if change == "method":
+            keys.mul_(2)
+        elif change == "item":
+            values[:, :, 0] = 0.5
+        else:
+            torch._foreach_mul_([keys, values], 2.0)
+        return F.scaled_dot_product_attention(q, keys, values, length_mask(cache), enable_gqa=True)
+
+    refused(f, "changes the keys or values that were read")
+
+
+def test_a_mask_that_broadcasts_over_the_keys():
+    def f(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+    args = (new_tokens(heads=4), new_tokens(), new_tokens())
+    _, rows, result = rewritten(f, make_cache(), *args)
+    assert [row.backend for row in rows] == ["turboquant"]
+    assert torch.allclose(result, f(make_cache(), *args), atol=1e-5)
+
+
+def test_the_result_has_the_layout_of_sdpa():
+    def f(cache, q, k, v):
+        out = attend(cache, q.transpose(1, 2), k, v)
+        return out.transpose(1, 2).view(2, 5, -1)
+
+    args = (torch.randn(2, 5, 4, 16), new_tokens(5), new_tokens(5))
+    _, rows, result = rewritten(f, make_cache(), *args)
+    assert [row.backend for row in rows] == ["turboquant"]
+    assert torch.allclose(result, f(make_cache(), *args), atol=1e-5)
+
+
+def test_attention_of_other_ranks_is_left_alone():
+    x = torch.randn(8, 5, 16)
+    _, rows, result = rewritten(lambda x: F.scaled_dot_product_attention(x, x, x), x)
+    assert [row.backend for row in rows] == ["sdpa"]
+    assert torch.allclose(result, F.scaled_dot_product_attention(x, x, x), atol=1e-5)
+
+
 def test_refuses_dropout_and_gradients():
     def f(cache, q, k, v):
         keys, values = cache.update(k, v)

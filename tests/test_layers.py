@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "kernels.*": ["kernels.bits", "codebook", "format"],
     "ops": ["format"],
     "storage": ["errors", "format", "ops", "rotation"],
-    "cache": ["errors", "format", "storage"],
+    "cache": ["cache_layers", "errors", "format", "storage"],
+    "cache_layers": ["format", "storage"],
     "attention": [],
     "attention.call": [],
     "attention.select": ["attention.*", "errors"],
@@ -47,7 +48,7 @@ MAY_IMPORT_LATE = {"ops": ["reference", "kernels.*"]}
 
 # Who may import these distributions at all, and who when loaded (others: inside a function). The
 # compiler works without Hugging Face, and registering the ops needs no Triton.
-ANYWHERE = {"transformers": ["cache", "cli", "demo"]}
+ANYWHERE = {"transformers": ["cache", "cache_layers", "cli", "demo"]}
 WHEN_LOADED = {"triton": ["kernels.*"]}
 
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from tq_inductor import KVFormat, PackedKVCache
 from tq_inductor.errors import CacheFullError, CacheMismatchError, FormatError
+from tq_inductor.storage import known_length
 
 
 def make(max_len=32, **kwargs):
@@ -168,6 +169,71 @@ def test_a_full_cache_is_refused_by_the_compiled_step_too(device):
         cache.reset()
         compiled_step(cache, q, *(x.to(device) for x in new_tokens(1)))
     assert int(cache.seq_length) == 1
+
+
+def test_two_updates_in_one_compiled_graph_are_both_counted():
+    def twice(cache, k, v):
+        cache.update(k, v)
+        return cache.update(k, v)[0]
+
+    cache = make(max_len=16)
+    compiled = torch.compile(twice, backend="turboquant", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(cache, *new_tokens(3))
+        before = state(cache)
+        with pytest.raises(CacheFullError, match="holds 12 of at most 16 tokens and cannot take 6 more"):
+            compiled(cache, *new_tokens(3))
+    assert_unchanged(cache, before)
+
+
+def test_a_compiled_reset_makes_room():
+    def start_again(cache, k, v):
+        cache.reset()
+        return cache.update(k, v)[0]
+
+    cache = make(max_len=16)
+    cache.update(*new_tokens(16))
+    with torch.no_grad():
+        torch.compile(start_again, backend="turboquant", fullgraph=True)(cache, *new_tokens(3))
+    assert int(cache.seq_length) == 3
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_what_no_one_refused_reads_as_nan(backend):
+    cache = make(max_len=16)
+    compiled = torch.compile(lambda k, v: cache.update(k, v), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        compiled(*new_tokens(14))
+        assert not compiled(*new_tokens(2))[0].isnan().any()
+        keys, values = compiled(*new_tokens(2))
+    assert keys.isnan().all()
+    assert values.isnan().all()
+
+
+@pytest.mark.gpu
+def test_the_host_mirror_follows_the_device():
+    def step_back(cache, k, v):
+        cache.update(k, v)
+        cache.seq_length.sub_(1)
+
+    cache = make(device="cuda")
+    compiled = torch.compile(step_back, backend="turboquant", fullgraph=True)
+    with torch.no_grad():
+        for held in (1, 2, 3):
+            compiled(cache, *(x.cuda() for x in new_tokens(2)))
+            assert known_length(cache.seq_length) == int(cache.seq_length) == held
+        cache.update(*(x.cuda() for x in new_tokens(4)))
+        assert known_length(cache.seq_length) == int(cache.seq_length) == 7
+
+
+def test_autocast_does_not_reach_the_ops():
+    plain, cast = make(), make()
+    k, v = new_tokens(5)
+    plain.update(k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.update(k, v)
+    assert torch.equal(plain.packed, cast.packed)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,232 +1,32 @@
-"""`TurboQuantCache`: the KV cache of a whole transformers model. The only file that imports transformers.
+"""`TurboQuantCache`: the KV cache of a whole transformers model.
 
 Full-attention layers are packed, sliding-window layers keep their window in 16 bits, linear-attention
-layers are transformers' own. A cache is right by itself, compiled or not: a packed layer's first chunk
-attends to the raw keys and values, later ones to what the packed bytes decode to.
+layers are transformers' own. This file and `cache_layers` are the only ones that import transformers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
+from .cache_layers import AnnouncedLength, SlidingLayer, TurboQuantLayer
 from .errors import UnsupportedModelError
-from .format import KVFormat, round_up
-from .storage import PackedStorage, check_room, known_length, note_length
+from .format import KVFormat
+from .storage import check_room
 
 log = logging.getLogger("tq_inductor.cache")
 
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
-
-
-@dataclass
-class AnnouncedLength:
-    """How many keys the mask of this forward pass was made for; shared by the layers of a cache."""
-
-    kv_length: int = 0
-
-
-class TurboQuantLayer(PackedStorage, CacheLayerMixin):
-    """The packed keys and values of one full-attention layer.
-
-    `fresh` is True until the first append: that chunk is its own whole context, so attention takes its
-    raw keys and values (exact and plain prefill), and the length is the Python int 0.
-
-    After that, attention gets all slots in a compiled graph, whose shapes must not change from step to
-    step, and just the tokens held otherwise: uncompiled, transformers leaves a mask of one query out,
-    and empty slots would be seen. Mask and keys may be made on different sides of a graph break, so
-    `update` returns as many keys as `get_mask_sizes` announced.
-    """
-
-    # Not "compileable" in transformers' sense: that would make `generate` compile the model with
-    # Inductor by itself, over the compiler that the user chose.
-    is_compileable = False
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = True
-
-    def __init__(self, max_cache_len: int, kv_format: str, announced: AnnouncedLength) -> None:
-        # Not CacheLayerMixin.__init__, which sets `keys` and `values`: here these are decoded on demand.
-        self.max_len = round_up(max_cache_len)
-        self.kv_format = kv_format
-        self.announced = announced
-        self.is_initialized = False
-        self.fresh = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the buffers for `[B, Hkv, any, D]` like these, on their device."""
-        fmt = KVFormat(self.kv_format, key_states.shape[-1], value_states.shape[-1])
-        batch_size, num_kv_heads = key_states.shape[:2]
-        self.allocate(fmt, batch_size, num_kv_heads, self.max_len, key_states.dtype, key_states.device)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, q, D]`; what attention must see: the first chunk itself, later the cache.
-
-        Raises:
-            CacheFullError, CacheMismatchError: before anything is written.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if not self.fresh:
-            kv_length, announced = self._kv_length(key_states.shape[-2]), self.announced.kv_length
-            if announced and (torch.compiler.is_compiling() or announced == self.max_len):
-                kv_length = announced  # by the other side of a graph break, perhaps
-            return self.append_and_read(key_states, value_states, kv_length)
-        self.append(key_states, value_states)
-        self.fresh = False
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that the next `update` returns, position of the first)."""
-        if self.fresh:
-            self.announced.kv_length = 0
-            return query_length, 0
-        self.announced.kv_length = self._kv_length(query_length)
-        return self.announced.kv_length, 0
-
-    def _kv_length(self, new_tokens: int) -> int:
-        """Keys that attention sees after appending: all slots if shapes must not change."""
-        length = None if torch.compiler.is_compiling() else known_length(self.seq_length)
-        return self.max_len if length is None else min(length + new_tokens, self.max_len)
-
-    def get_seq_length(self) -> int:
-        """Tokens held: 0, then a 0-d tensor (a Python int would recompile at every step)."""
-        return 0 if self.fresh else self.seq_length  # type: ignore[return-value]
-
-    def get_max_length(self) -> int:
-        """Tokens that fit."""
-        return self.max_len
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the batch; -1 before the buffers exist."""
-        return self.packed.shape[0] if self.is_initialized else -1
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """Decoded keys of the tokens held, `[B, Hkv, length, D]` (for models that read them directly)."""
-        return self.read(int(self.seq_length))[0] if self.is_initialized else None
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """Decoded values of the tokens held, `[B, Hkv, length, D]`."""
-        return self.read(int(self.seq_length))[1] if self.is_initialized else None
-
-    def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
-        if self.is_initialized:
-            self.clear()
-        self.fresh = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: a negative count, or (transformers < 5.18) the length to keep."""
-        length = 0 if self.fresh else known_length(self.seq_length) or 0
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
-        if removed <= 0:
-            return
-        if removed >= length:
-            self.reset()
-            return
-        self.seq_length.sub_(removed)
-        note_length(self.seq_length, length - removed)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Rows of the batch become rows `beam_idx`, in place."""
-        if self.is_initialized:
-            self.packed.copy_(self.packed.index_select(0, beam_idx.to(self.packed.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row of the batch `repeats` times; in new memory."""
-        if self.is_initialized:
-            self.packed = self.packed.repeat_interleave(repeats, 0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only rows `indices` of the batch; in new memory."""
-        if self.is_initialized:
-            self.packed = self.packed[indices.to(self.packed.device)]
-
-    def offload(self) -> None:
-        """Not supported: the packed cache is small and its addresses are fixed."""
-        raise NotImplementedError("a TurboQuantCache cannot be offloaded; it stays on its device")
-
-    prefetch = offload
-
-    def __repr__(self) -> str:
-        return f"TurboQuantLayer({self.kv_format}, max_len={self.max_len})"
-
-
-class SlidingLayer(StaticSlidingWindowLayer):
-    """transformers' static sliding-window layer, with the batch operations of its dynamic one.
-
-    Its shapes do not change from step to step. What left the window is gone, so it can be cropped
-    only while the window is not full; for generation methods that take tokens back,
-    `TurboQuantCache.activate_past_recording` puts a `rollback_layer` in its place.
-    """
-
-    is_compileable = False  # as TurboQuantLayer
-    is_croppable = False
-    keys: torch.Tensor
-    values: torch.Tensor
-    cumulative_length_int: int
-
-    def rollback_layer(self) -> DynamicSlidingWindowLayer:
-        """transformers' dynamic layer with the same contents, which can take tokens back."""
-        layer = DynamicSlidingWindowLayer(sliding_window=self.max_cache_len)
-        layer.record_past = True
-        if self.is_initialized:
-            held = min(self.cumulative_length_int, self.max_cache_len)
-            first = 1 if held == self.max_cache_len else 0  # it holds one token less than the window
-            layer.lazy_initialization(self.keys, self.values)
-            layer.keys = self.keys[:, :, first:held].clone()
-            layer.values = self.values[:, :, first:held].clone()
-            layer.cumulative_length = self.cumulative_length_int
-        return layer
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: a negative count, or (transformers < 5.18) the length to keep."""
-        length = self.cumulative_length_int
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
-        if removed <= 0:
-            return
-        if length > self.max_cache_len:
-            raise RuntimeError(
-                f"cannot crop {removed} tokens: of {length} tokens this layer kept the last "
-                f"{self.max_cache_len} only. Call activate_past_recording() before they are appended."
-            )
-        self.cumulative_length_int = max(length - removed, 0)
-        self.cumulative_length.fill_(self.cumulative_length_int)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Rows of the batch become rows `beam_idx`, in place."""
-        if self.is_initialized:
-            for state in (self.keys, self.values):
-                state.copy_(state.index_select(0, beam_idx.to(state.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row of the batch `repeats` times; in new memory."""
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, 0)
-            self.values = self.values.repeat_interleave(repeats, 0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only rows `indices` of the batch; in new memory."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[indices], self.values[indices]
 
 
 class TurboQuantCache(Cache):
@@ -297,7 +97,9 @@ class TurboQuantCache(Cache):
             num_kv_heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
             shape = (max_batch_size, num_kv_heads, 0, head_dim or 0)
             empty = torch.empty(shape, dtype=dtype, device=device)
-            for layer in (x for x in layers if isinstance(x, TurboQuantLayer | SlidingLayer)):
+            # Configs of multi-query models do not say by one name how many heads they cache.
+            known = not getattr(decoder, "multi_query", False)
+            for layer in (x for x in layers if known and isinstance(x, TurboQuantLayer | SlidingLayer)):
                 layer.lazy_initialization(empty, empty)
 
     @staticmethod
@@ -338,7 +140,17 @@ class TurboQuantCache(Cache):
             first = self._packed[0]
             if first is not self.layers[0] and first.is_initialized:  # layer 0 would be written first
                 check_room(first.seq_length, key_states.shape[-2], first.max_len)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._packed and self.layers[layer_idx] is self._packed[-1]:
+            self._packed[-1].announced.kv_length = 0  # it was for this forward pass
+        return returned
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory of packed layers stays."""
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicSlidingWindowLayer:  # see activate_past_recording
+                self.layers[i] = SlidingLayer(layer.sliding_window, layer.sliding_window)
+        super().reset()
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
 - `cache`: uint8 `[B, Hkv, page_bytes]`, one page per batch row, laid out as `format` says.
 - `seq_lens`: int64 `[]` or `[B]`, tokens in each row, on the device; *after* the append for ops that
   append, which put their tokens at positions `seq_lens - q .. seq_lens - 1` and skip those that fall
-  outside the page.
+  outside the page. A row with more than `max_len` tokens has lost some: it reads as NaN.
 - `k_rotation`, `v_rotation`: float32 `[D, D]`, `rotation_matrix(D)`; for a lossless format only
   their sizes are used.
 - `attn_mask`: bool or float, broadcastable to `[B, H, q, max_len]`. It alone decides what is visible;

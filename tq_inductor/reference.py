@@ -115,6 +115,7 @@ def _planes(cache: torch.Tensor, fmt: KVFormat) -> dict[str, torch.Tensor]:
     return views
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def store(
     cache: torch.Tensor,
     k: torch.Tensor,
@@ -222,11 +223,23 @@ def visible_keys(
         slot = torch.arange(max_len, device=seq_lens.device)
         last = seq_lens.reshape(-1, 1) - q_len + torch.arange(q_len, device=seq_lens.device)
         return (slot <= last[..., None])[:, None], None
+    attn_mask = attn_mask.expand(*attn_mask.shape[:-1], max_len)
     if attn_mask.dtype == torch.bool:
         return attn_mask, None
     return ~attn_mask.isneginf(), attn_mask
 
 
+def poison_overfull(x: torch.Tensor, seq_lens: torch.Tensor, max_len: int) -> torch.Tensor:
+    """`x` `[B, ...]` with NaN in rows that hold more than `max_len` tokens: the rest was dropped.
+
+    A full cache is refused before it is written to wherever the host is asked; this is for where it
+    cannot be.
+    """
+    overfull = (seq_lens.expand(x.shape[0]) > max_len).reshape(-1, *[1] * (x.dim() - 1))
+    return x.masked_fill(overfull, float("nan"))
+
+
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def dequantize(
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -236,14 +249,16 @@ def dequantize(
     max_len: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`."""
+    """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`, NaN if overfull."""
     filled = min(int(seq_lens.max()), max_len)
     outputs = []
     for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled):
-        outputs.append(torch.nn.functional.pad(x.to(dtype), (0, 0, 0, max_len - filled)))
+        padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, max_len - filled))
+        outputs.append(poison_overfull(padded, seq_lens, max_len))
     return outputs[0], outputs[1]
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def decode(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -255,17 +270,22 @@ def decode(
     max_len: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`, in float32 inside."""
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`, in float32 inside.
+
+    NaN in rows that are overfull.
+    """
     visible, bias = visible_keys(attn_mask, seq_lens, q.shape[2], max_len)
     columns = visible.flatten(0, -2).any(0).nonzero()
     end = int(columns[-1]) + 1 if len(columns) else 0  # read no slot that nothing sees
     if end == 0:
-        return q.new_zeros((*q.shape[:-1], fmt.v_head_dim))
+        return poison_overfull(q.new_zeros((*q.shape[:-1], fmt.v_head_dim)), seq_lens, max_len)
     k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end)
     bias = None if bias is None else bias[..., :end].to(torch.float32)
-    return attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias).to(q.dtype)
+    out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias)
+    return poison_overfull(out, seq_lens, max_len).to(q.dtype)
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -2,7 +2,8 @@
 
 The length lives on the device, so that a CUDA graph can advance it. The host keeps a mirror of it,
 checked against the tensor's version counter: a full cache is an error before anything is written,
-without a synchronisation per step.
+without a synchronisation per step. Where the host is not asked (a graph that another compiler made),
+tokens that do not fit are dropped and the cache then reads as NaN.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def known_length(seq_length: torch.Tensor) -> int | None:
     """
     if not seq_length.is_cuda:
         return int(seq_length)
+    if seq_length.is_inference():  # made in a graph that was compiled in inference mode: no versions
+        return int(seq_length)
     version, length = getattr(seq_length, "_tq_known_length", (None, 0))
     if version != seq_length._version:
         if torch.cuda.is_current_stream_capturing():
@@ -35,8 +38,13 @@ def known_length(seq_length: torch.Tensor) -> int | None:
 
 def note_length(seq_length: torch.Tensor, length: int) -> None:
     """Record that the device now holds `length`, after a change that this package made."""
-    if seq_length.is_cuda:
+    if seq_length.is_cuda and not seq_length.is_inference():
         seq_length._tq_known_length = (seq_length._version, length)  # type: ignore[attr-defined]
+
+
+def forget_length(seq_length: torch.Tensor) -> None:
+    """Read the device next time: something unknown changed the length."""
+    seq_length.__dict__.pop("_tq_known_length", None)
 
 
 def check_room(seq_length: torch.Tensor, new_tokens: int, max_len: int) -> int | None:
@@ -45,12 +53,16 @@ def check_room(seq_length: torch.Tensor, new_tokens: int, max_len: int) -> int |
     if length is None:
         return None
     if length + new_tokens > max_len:
-        raise CacheFullError(
-            f"the KV cache is full: it holds {length} of at most {max_len} tokens and cannot take "
-            f"{new_tokens} more. Nothing was written. Make a cache with a larger max_len (max_cache_len "
-            f"for TurboQuantCache; at least {length + new_tokens} here), or call reset() or crop() first."
-        )
+        raise CacheFullError(_full(length, new_tokens, max_len))
     return length + new_tokens
+
+
+def _full(length: int, new_tokens: int, max_len: int) -> str:
+    return (
+        f"the KV cache is full: it holds {length} of at most {max_len} tokens and cannot take "
+        f"{new_tokens} more. Nothing was written. Make a cache with a larger max_len (max_cache_len "
+        f"for TurboQuantCache; at least {length + new_tokens} here), or call reset() or crop() first."
+    )
 
 
 class _NoBackward(torch.autograd.Function):
@@ -128,8 +140,12 @@ class PackedStorage:
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append `[B, Hkv, q, D]`; raises before anything is written if they do not fit."""
         self.check_fits(k, v)
-        compiling = torch.compiler.is_compiling()  # compiled graphs are checked by the compiler
-        length = None if compiling else check_room(self.seq_length, k.shape[2], self.max_len)
+        if torch.compiler.is_compiling():  # the compiler checks before each run of the graph
+            length = None
+            if k.shape[2] > self.max_len:
+                raise CacheFullError(_full(0, k.shape[2], self.max_len))
+        else:
+            length = check_room(self.seq_length, k.shape[2], self.max_len)
         self.seq_length.add_(k.shape[2])
         if length is not None:
             note_length(self.seq_length, length)
@@ -158,7 +174,8 @@ class PackedStorage:
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.seq_length.zero_()
-        note_length(self.seq_length, 0)
+        if not torch.compiler.is_compiling():
+            note_length(self.seq_length, 0)
 
     @property
     def nbytes(self) -> int:
