@@ -193,7 +193,7 @@ def decode_split_kernel(
 
     # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log.
     part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * splits + split
-    writes_log = valid & (dv_start == 0)
+    writes_log = valid & (dv_start == row * 0)  # one shape: Triton 3.9's interpreter wants it so
     if first_slot >= end:
         tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
         return

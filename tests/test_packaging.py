@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED_AS = {
@@ -41,10 +42,12 @@ CELLS: list[Cell] = [
     for hf in ("without_hf_kernels", "with_hf_kernels")
 ]
 
-# A stand-in for HF's distribution: the names that transformers 5.17 imports from it at load.
-HF_VERSION = "0.16.2"
+# A stand-in for HF's distribution: the names that transformers imports from it at load, in a version
+# that it accepts (0.16 for transformers 5.17).
+HF_VERSION = KERNELS_MIN_VERSION
 HF_KERNELS = """
 CUDAProperties = Device = LayerRepository = LocalLayerRepository = Mode = object
+KernelizeFallback = ROCMProperties = object
 get_kernel = kernelize = register_kernel_mapping = use_kernel_mapping = print
 replace_kernel_forward_from_hub = print
 
