@@ -1,11 +1,14 @@
 """TurboQuantCache under transformers: every way of generating, compiled and eager, errors, memory."""
 
 import logging
+import re
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
 from tq_inductor import KVFormat, TurboQuantCache, explain
@@ -156,6 +159,24 @@ def test_model_compile_and_generate(device):
     assert counters["turboquant"]["rewritten.turboquant"] >= 2
     cache.reset()
     assert torch.equal(generate(compiled, cache, padded_batch()), got)
+
+
+def test_the_decode_graph_has_one_op_a_layer_and_no_step_copies_a_cache():
+    model = build("llama", torch.float32)
+    ids = padded_batch()["input_ids"]
+    cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        compiled = torch.compile(model, backend="turboquant", fullgraph=True)
+        _, (code,) = run_and_get_code(compiled, ids[:, :1], past_key_values=cache)
+    called = re.findall(r"^ +\w+ = torch\.ops\.tq_inductor\.(\w+)\.default\(", code, re.MULTILINE)
+    assert_expected_inline(
+        "\n".join(called),
+        """\
+tq_append_attend
+tq_append_attend""",
+    )
+    assert not re.findall(r"empty_strided\w*\(.*torch\.uint8", code)  # the caches change where they are
 
 
 def test_explain_of_a_decode_step():
