@@ -49,7 +49,7 @@ def time_shape(batch: int, length: int) -> dict[str, Any]:
             def attend(cache: PackedKVCache = cache) -> torch.Tensor:
                 return torch.ops.tq_inductor.tq_decode(
                     q, cache.packed, cache.seq_length, cache.k_rotation, cache.v_rotation, None,
-                    name, length, HEAD_DIM**-0.5,  # noqa: B023
+                    None, None, name, length, HEAD_DIM**-0.5,  # noqa: B023
                 )  # fmt: skip
 
             calls.append(attend)

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over a packed cache: split-KV flash decoding, grouped by KV head.
+"""Attention of a few new tokens over a packed cache or plain K and V: split-KV flash decoding by KV head.
 
 Three launches (two for a lossless format):
 
@@ -6,7 +6,7 @@ Three launches (two for a lossless format):
 2. `decode_split_kernel`: grid (splits x row blocks x blocks of value dimensions, KV heads, batch).
    A program reads a run of tiles of one KV head once for all query rows (heads of the group x new
    tokens) of its block, with two tensor-core dots a tile, and writes a normalised partial output and
-   the base-2 logarithm of its sum of weights. Runs divide what is visible (without a mask: the
+   the base-2 logarithm of its sum of weights. Runs divide what is visible (`bounds`, else the
    device's length), so a cache filled to a fraction f costs f; the grid depends on static sizes only.
 3. `decode_reduce_kernel`: one program per query row adds the partials up in a fixed order and
    rotates the sum back.
@@ -33,6 +33,7 @@ from .bits import (
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 CPU_SMS = 2  # in the interpreter
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -72,7 +73,7 @@ def load_query(q_ptr, stride_d, valid, start, inv_peak, OPERAND: tl.constexpr, D
 
 
 @triton.jit
-def load_rows(rows_ptr, slots, start, filled, first, BITS: tl.constexpr, LO: tl.constexpr,
+def load_rows(rows_ptr, stride_n, slots, start, filled, first, BITS: tl.constexpr, LO: tl.constexpr,
               HI: tl.constexpr, OPERAND: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
               BLOCK_D: tl.constexpr):  # fmt: skip
     """Coordinates `first`.. of the rows of slots `start + slots` of a plane of interleave `GROUP`.
@@ -82,7 +83,7 @@ def load_rows(rows_ptr, slots, start, filled, first, BITS: tl.constexpr, LO: tl.
     dims = (first + tl.arange(0, BLOCK_D))[None, :]
     if BITS == 16:
         mask = (start + slots < filled)[:, None] & (dims < DIM)
-        row_ptr = rows_ptr + tl.cast(start, tl.int64) * DIM + slots[:, None] * DIM
+        row_ptr = rows_ptr + (start + slots).to(tl.int64)[:, None] * stride_n
         x = tl.load(row_ptr + dims, mask=mask, other=0.0)
     else:
         ROW: tl.constexpr = DIM * BITS // 8
@@ -105,30 +106,30 @@ def load_mask(mask_ptr, stride_n, slots, valid, max_len, MASK: tl.constexpr):
     else:
         bias = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
         visible = bias != float("-inf")
-    return visible, bias * LOG2_E
+        bias = tl.maximum(bias * LOG2_E, LOWEST)  # finfo.min stays finite: such a row still attends
+    return visible, bias
 
 
 @triton.jit
 def attend_tile(
-    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, page_ptr, v_offset,
-    k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr,
-    V_HI: tl.constexpr, OPERAND: tl.constexpr, ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr,
+    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr, k_stride_n,
+    v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
+    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`: the online softmax of flash attention, base 2."""
     PACKED: tl.constexpr = K_BITS != 16
     slots = tl.arange(0, BLOCK_N)
-    row_type: tl.constexpr = tl.pointer_type(ROW_DTYPE)
-    k_ptr, v_ptr = page_ptr.to(row_type), (page_ptr + v_offset).to(row_type)
     scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     for first in range(0, K_DIM, BLOCK_D):
         if K_DIM > BLOCK_D:
             q = load_query(q_ptr, q_stride_d, valid, first, inv_peak, OPERAND, K_DIM, BLOCK_D)
         k = load_rows(
-            k_ptr, slots, start, filled, first, K_BITS, K_LO, K_HI, OPERAND, K_DIM, 1, BLOCK_D
-        )  # [BLOCK_N, BLOCK_D]
+            k_ptr, k_stride_n, slots, start, filled, first, K_BITS, K_LO, K_HI, OPERAND, K_DIM, 1,
+            BLOCK_D,
+        )  # [BLOCK_N, BLOCK_D] # fmt: skip
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
     if PACKED:
         known = start + slots < filled
@@ -143,8 +144,9 @@ def attend_tile(
     total = total * decay + tl.sum(weights, axis=1)
     acc = acc * decay[:, None]
     v = load_rows(
-        v_ptr, slots, start, filled, dv_start, V_BITS, V_LO, V_HI, OPERAND, V_DIM, GROUP, BLOCK_DV
-    )  # [BLOCK_N, BLOCK_DV]
+        v_ptr, v_stride_n, slots, start, filled, dv_start, V_BITS, V_LO, V_HI, OPERAND, V_DIM, GROUP,
+        BLOCK_DV,
+    )  # [BLOCK_N, BLOCK_DV] # fmt: skip
     if PACKED:
         v_scale = tl.load(v_scale_ptr + start + slots, mask=known, other=0.0).to(tl.float32)
         largest = tl.maximum(tl.max(v_scale, axis=0), TINY)
@@ -157,15 +159,15 @@ def attend_tile(
 
 @triton.jit
 def decode_split_kernel(
-    q_ptr, cache_ptr, seq_lens_ptr, mask_ptr, partial_ptr, log_ptr,
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d, cache_stride_b, cache_stride_h, lens_stride,
-    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
-    v_rows_offset, k_scales_offset, v_scales_offset, q_len, max_len, splits, scale,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
-    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, ROW_DTYPE: tl.constexpr,
-    K_DIM: tl.constexpr, V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr,
-    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, seq_lens_ptr, bounds_ptr, mask_ptr, partial_ptr,
+    log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n, scale_stride_b, scale_stride_h, lens_stride, bounds_stride_b,
+    bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n, q_len, max_len, splits,
+    scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
+    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
     split = tl.program_id(0) % splits
@@ -179,16 +181,25 @@ def decode_split_kernel(
     valid = row < rows
     token = row // HEADS
     head = kv_head * HEADS + row % HEADS
-    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
-    filled = tl.minimum(seq_len, max_len).to(tl.int32)
-    if MASK == NO_MASK:
-        limit = tl.minimum(seq_len - q_len + token + 1, max_len)
-        limit = tl.maximum(limit, 0).to(tl.int32)  # how many slots a row sees
-        end = tl.max(tl.where(valid, limit, 0), axis=0)
-    else:
-        end = max_len
-    run = tl.cdiv(tl.cdiv(end, BLOCK_N), splits) * BLOCK_N
-    first_slot = split * run
+    filled = max_len
+    if HAS_LENS:
+        seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
+        filled = tl.minimum(seq_len, max_len).to(tl.int32)
+    # A row sees slots low .. high - 1 (of those that the mask lets through).
+    low = tl.zeros([BLOCK_M], tl.int32)
+    high = low + max_len
+    if HAS_BOUNDS:
+        bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
+        low = tl.maximum(tl.load(bounds_ptr, mask=valid, other=0), 0)
+        high = tl.minimum(tl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
+    elif HAS_LENS and MASK == NO_MASK:  # the queries are the last tokens
+        high = tl.minimum(seq_len - q_len + token + 1, max_len)
+        high = tl.maximum(high, 0).to(tl.int32)
+    seen = valid & (low < high)
+    begin = tl.min(tl.where(seen, low, max_len), axis=0) // BLOCK_N * BLOCK_N
+    end = tl.max(tl.where(seen, high, 0), axis=0)
+    run = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
+    first_slot = begin + split * run
     end = tl.minimum(first_slot + run, end)
 
     # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log.
@@ -200,9 +211,10 @@ def decode_split_kernel(
 
     q_ptr += batch * q_stride_b + head * q_stride_h + token.to(tl.int64) * q_stride_t
     mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
-    page_ptr = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
-    k_scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16))
-    v_scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16))
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    k_scale_ptr += batch * scale_stride_b + kv_head * scale_stride_h
+    v_scale_ptr += batch * scale_stride_b + kv_head * scale_stride_h
 
     q_peak = tl.full([BLOCK_M], 1.0, tl.float32)
     if K_BITS != 16 and tl.float16 == OPERAND:
@@ -219,21 +231,22 @@ def decode_split_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(first_slot, end, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
+        visible = (slots[None, :] >= low[:, None]) & (slots[None, :] < high[:, None])
         if MASK == NO_MASK:
             acc, total, peak = attend_tile(
-                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, page_ptr,
-                v_rows_offset, k_scale_ptr, v_scale_ptr, start, filled, dv_start,
-                slots[None, :] < limit[:, None], 0.0, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND,
-                ROW_DTYPE, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
+                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr, k_stride_n,
+                v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, 0.0, K_BITS, V_BITS,
+                K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         else:
-            visible, bias = load_mask(mask_ptr, mask_stride_n, slots, valid, max_len, MASK)
-            if tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
+            let_through, bias = load_mask(mask_ptr, mask_stride_n, slots, valid, max_len, MASK)
+            visible = visible & let_through
+            if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
                 acc, total, peak = attend_tile(
-                    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, page_ptr,
-                    v_rows_offset, k_scale_ptr, v_scale_ptr, start, filled, dv_start,
-                    visible, bias, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND,
-                    ROW_DTYPE, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr,
+                    k_stride_n, v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias,
+                    K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N,
+                    BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
     dims = dv_start + tl.arange(0, BLOCK_DV)
@@ -245,14 +258,20 @@ def decode_split_kernel(
 
 @triton.jit
 def decode_reduce_kernel(
-    partial_ptr, log_ptr, seq_lens_ptr, rotation_ptr, out_ptr, lens_stride, batch_rows, splits, q_len,
-    max_len, ROTATE: tl.constexpr,
+    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lens_stride, heads, splits,
+    q_len, max_len, ROTATE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
     V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
+    group_row = row // HEADS
+    kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
+    batch_head = kv_row * HEADS + row % HEADS
     dims = tl.arange(0, BLOCK_D)
-    peak = float("-inf")
+    sink = float("-inf")
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
+    peak = sink
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
@@ -261,6 +280,8 @@ def decode_reduce_kernel(
 
     out = tl.zeros([BLOCK_D], tl.float32)
     total = 0.0
+    if HAS_SINKS:
+        total += tl.exp2(sink - peak)
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
@@ -271,11 +292,10 @@ def decode_reduce_kernel(
         out += tl.sum(partial * weight[:, None], axis=0)
         total += tl.sum(weight, axis=0)
     out /= tl.where(total == 0.0, 1.0, total)
-    out += nan_if_overfull(tl.load(seq_lens_ptr + row // batch_rows * lens_stride), max_len)
+    if HAS_LENS:
+        out += nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
 
-    group_row = row // HEADS
-    kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
-    out_ptr += ((kv_row * HEADS + row % HEADS) * q_len + token) * V_DIM
+    out_ptr += (batch_head * q_len + token) * V_DIM
     if ROTATE:
         for start in range(0, V_DIM, BLOCK_OUT):
             columns = start + tl.arange(0, BLOCK_OUT)
@@ -316,6 +336,8 @@ def decode(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     fmt: KVFormat,
     max_len: int,
     scale: float,
@@ -324,17 +346,63 @@ def decode(
 
     The arguments are those of `reference.decode`.
     """
+    planes = fmt.planes(fmt.page_size(cache.shape[-1]))
+    views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
+    out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
+    with torch.cuda.device_of(q):
+        if fmt.is_lossless:
+            k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
+            v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
+            _launch(out, q, k, v, fmt, None, seq_lens, None, attn_mask, bounds, sinks, max_len, scale)
+        else:
+            k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
+            scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
+            queries = rotate(q, k_rotation)
+            _launch(
+                out, queries, k, v, fmt, scales, seq_lens, v_rotation, attn_mask, bounds, sinks, max_len,
+                scale,
+            )  # fmt: skip
+    return out
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q `[B, H, q, D]` over k, v `[B, Hkv, L, D]` -> `[B, H, q, Dv]`.
+
+    The arguments are those of `reference.attend`.
+    """
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    with torch.cuda.device_of(q):
+        _launch(out, q, k, v, None, None, None, None, attn_mask, bounds, sinks, k.shape[2], scale)
+    return out
+
+
+def _launch(
+    out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fmt: KVFormat | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None, seq_lens: torch.Tensor | None,
+    v_rotation: torch.Tensor | None, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None, max_len: int, scale: float,
+) -> None:  # fmt: skip
+    """Fill `out` `[B, H, q, Dv]`; q is rotated and `scales` given if k and v are packed."""
     batch, heads, q_len, dim = q.shape
-    kv_heads = cache.shape[1]
-    dv = fmt.v_head_dim
-    out = q.new_empty((batch, heads, q_len, dv))
+    dv, kv_heads = out.shape[3], k.shape[1]
     if out.numel() == 0:
-        return out
+        return
     group = heads // kv_heads
     rows = q_len * group
-    operand = operand_dtype(q.dtype, fmt.dtype if fmt.is_lossless else q.dtype)
-    if operand == tl.bfloat16 and not fmt.is_lossless:
-        operand = tl.float16
+    if scales:
+        operand = tl.float32 if out.dtype == torch.float32 else tl.float16
+    else:
+        operand = operand_dtype(q.dtype, k.dtype, v.dtype)
     wide = operand == tl.float32  # float32 dots run on plain multiply-adds: small tiles
     block_m = 16 if wide else min(64, max(16, triton.next_power_of_2(rows)))
     block_n = 16 if wide else 64 if max(dim, dv) <= 128 else 32
@@ -344,9 +412,8 @@ def decode(
     block_d = block_d if block_d <= largest else largest // 2
     block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
     programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
-    tiles = triton.cdiv(max_len, block_n)
     wanted = CTAS_PER_SM * sm_count(q.device) // (programs * kv_heads * batch)
-    splits = max(1, min(tiles, wanted))
+    splits = max(1, min(triton.cdiv(max_len, block_n), wanted))
 
     partial = torch.empty((batch, heads * q_len, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, heads * q_len, splits), dtype=torch.float32, device=q.device)
@@ -355,28 +422,29 @@ def decode(
         mask_kind = BOOL_MASK.value if attn_mask.dtype == torch.bool else FLOAT_MASK.value
         mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK.value else attn_mask
         mask_strides = mask.expand(batch, heads, q_len, max_len).stride()
-    k_lo, k_hi = magnitude_words(fmt.k_bits)
-    v_lo, v_hi = magnitude_words(fmt.v_bits)
-    row_dtypes = {torch.uint8: tl.uint8, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
-    lens_stride = seq_lens.expand(batch).stride(0)
-    with torch.cuda.device_of(q):
-        queries = q if fmt.is_lossless else rotate(q, k_rotation)
-        decode_split_kernel[(programs * splits, kv_heads, batch)](
-            queries, cache, seq_lens, mask, partial, logs, *queries.stride(), *cache.stride()[:2],
-            lens_stride, *mask_strides, *offsets, q_len, max_len, splits, scale,
-            K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
-            OPERAND=operand, ROW_DTYPE=row_dtypes[fmt.dtype], K_DIM=dim, V_DIM=dv,
-            V_GROUP=1 if fmt.is_lossless else PAGE_ALIGNMENT, HEADS=group, MASK=mask_kind,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
-            num_stages=3,
-        )  # fmt: skip
-        block_dims = triton.next_power_of_2(dv)
-        decode_reduce_kernel[(batch * heads * q_len,)](
-            partial, logs, seq_lens, v_rotation, out, lens_stride, heads * q_len, splits, q_len, max_len,
-            ROTATE=not fmt.is_lossless, V_DIM=dv, HEADS=group, BLOCK_S=max(1, 4096 // block_dims),
-            BLOCK_D=block_dims, BLOCK_OUT=max(1, 4096 // block_dims),
-            num_warps=4,  # 32 values a thread
-        )  # fmt: skip
-    return out
+    k_bits, v_bits = (fmt.k_bits, fmt.v_bits) if scales and fmt else (16, 16)
+    k_lo, k_hi = magnitude_words(k_bits)
+    v_lo, v_hi = magnitude_words(v_bits)
+    k_scales, v_scales = scales or (q, q)
+    lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
+    bounds_strides = (0, 0) if bounds is None else bounds.stride()[:2]
+    decode_split_kernel[(programs * splits, kv_heads, batch)](
+        q, k, v, k_scales, v_scales, q if seq_lens is None else seq_lens, q if bounds is None else bounds,
+        mask, partial, logs, *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2],
+        lens_stride, *bounds_strides, *mask_strides, q_len, max_len, splits, scale,
+        K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
+        OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
+        HAS_LENS=seq_lens is not None, HAS_BOUNDS=bounds is not None, MASK=mask_kind,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
+        num_stages=3,
+    )  # fmt: skip
+    block_dims = triton.next_power_of_2(dv)
+    decode_reduce_kernel[(batch * heads * q_len,)](
+        partial, logs, q if seq_lens is None else seq_lens, q if sinks is None else sinks,
+        q if v_rotation is None else v_rotation, out, lens_stride, heads, splits, q_len, max_len,
+        ROTATE=v_rotation is not None, HAS_LENS=seq_lens is not None, HAS_SINKS=sinks is not None,
+        V_DIM=dv, HEADS=group, BLOCK_S=max(1, 4096 // block_dims), BLOCK_D=block_dims,
+        BLOCK_OUT=max(1, 4096 // block_dims),
+        num_warps=4,  # 32 values a thread
+    )  # fmt: skip

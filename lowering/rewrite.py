@@ -104,7 +104,7 @@ def _read_packed(sdpa: SDPANode, source: PackedSource) -> None:
     head_dim = value_of(sdpa.query).shape[3]
     scale = float(sdpa.scale) if sdpa.scale is not None else head_dim**-0.5
     cache_args = (source.seq_lens, source.k_rotation, source.v_rotation)
-    tail = (sdpa.attn_mask, source.kv_format, source.max_len, scale)
+    tail = (sdpa.attn_mask, None, None, source.kv_format, source.max_len, scale)
     chain = _chain(sdpa)
     inside = {sdpa.node, *chain}
     # Another reader of what was dequantized needs the store where it is.

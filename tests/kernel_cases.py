@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from tq_inductor.kernels.bits import fp8_byte
-from tq_inductor.kernels.decode import decode
+from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.varlen import varlen_attention
@@ -43,6 +43,7 @@ class Case:
     """One set of shapes. `lens` are the tokens in each row, one of them: a 0-d `seq_lens`.
 
     mask: none, bool, left (left padding, past the length too), float, row (an almost empty one).
+    bounds: none, window (past the end too; one query sees nothing), row (the same for all queries).
     """
 
     fmt: str = "k4v4"
@@ -55,6 +56,8 @@ class Case:
     max_len: int = 150
     mask: str = "none"
     dtype: torch.dtype = BF16
+    bounds: str = "none"
+    sinks: bool = False
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -62,6 +65,8 @@ class Case:
         return (
             f"{self.fmt}-d{dims}-h{self.heads}:{self.kv_heads}-q{self.q_len}-len{lens}of{self.max_len}"
             f"-{self.mask}-{str(self.dtype)[6:]}"
+            + (f"-{self.bounds}" if self.bounds != "none" else "")
+            + ("-sinks" if self.sinks else "")
         )
 
     @property
@@ -99,6 +104,14 @@ DECODE_INTERPRETED = [
     Case("k4v4", 16, heads=6, q_len=2, lens=(50, 20), max_len=40, dtype=FP32),  # the first is overfull
     Case("fp16", 48, 64, q_len=2, lens=(129, 1), dtype=FP16),
     Case("bf16", 20, lens=(60,), max_len=150, mask="row", dtype=FP32),
+    Case("k4v4", 16, q_len=3, lens=(100, 40), bounds="window", sinks=True, dtype=FP16),
+    Case("k3v4", 32, 16, q_len=2, lens=(140, 140), mask="bool", bounds="row", dtype=FP32),
+]
+ATTEND_INTERPRETED = [
+    Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
+    Case("", 64, q_len=4, max_len=300, bounds="window", sinks=True, dtype=FP16),
+    Case("", 80, 16, heads=7, kv_heads=1, q_len=2, max_len=200, mask="bool", bounds="row", dtype=FP32),
+    Case("", 16, q_len=1, max_len=90, mask="float", dtype=FP32),
 ]
 
 _DTYPES = (BF16, FP16, FP32)
@@ -133,6 +146,21 @@ DECODE_GPU = [
     Case("bf16", 128, q_len=2, dtype=FP16),
     Case("bf16", 100, 36, q_len=2),
     Case("k4v4", 128, heads=32, kv_heads=8, lens=(70000, 3), max_len=70001),
+    *(
+        Case(name, 128, heads=14, q_len=4, lens=(900, 60), max_len=1000, mask=mask, bounds=b, sinks=True)
+        for name in ("k4v4", "k8v4", "k2v2", "bf16")
+        for mask, b in (("none", "window"), ("bool", "row"), ("none", "none"))
+    ),
+]
+ATTEND_GPU = [
+    *ATTEND_INTERPRETED,
+    *(
+        Case("", dim, heads=14, q_len=q, max_len=1000, mask=mask, bounds=b, sinks=sinks, dtype=dtype)
+        for dim in (64, 80, 128, 256, 512)
+        for dtype in (BF16, FP32)
+        for q, mask, b, sinks in ((1, "none", "row", False), (5, "bool", "window", True))
+    ),
+    Case("", 128, heads=71, kv_heads=1, q_len=1, max_len=3000, bounds="row"),
 ]
 
 
@@ -317,26 +345,73 @@ def make_mask(case: Case) -> torch.Tensor | None:
     return (slot <= seen) & (slot >= padding)
 
 
+def make_bounds(case: Case) -> torch.Tensor | None:
+    """Bounds `[B, q, 2]` of a case: int32, the last dimension contiguous, others as they come."""
+    if case.bounds == "none":
+        return None
+    if case.bounds == "row":  # expanded over the queries, as for a key mask
+        ends = torch.tensor([[5, case.max_len], [3, 40]] * case.batch, dtype=torch.int32)[: case.batch]
+        return ends[:, None].expand(case.batch, case.q_len, 2)
+    first = torch.arange(case.q_len) * 7 + torch.arange(case.batch)[:, None] * 30 - 8
+    bounds = torch.stack((first, first + 45), -1).to(torch.int32)
+    bounds[0, -1] = torch.tensor([case.max_len + 3, case.max_len + 9])
+    return bounds
+
+
+def on(device: str, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tensors on a device; None stays None."""
+    return [None if x is None else x.to(device) for x in tensors]
+
+
+def make_sinks(case: Case) -> torch.Tensor | None:
+    """One score for each head."""
+    return torch.randn(case.heads) * 2 if case.sinks else None
+
+
 def check_decode(case: Case, device: str) -> None:
     """Attention in float64 over what the reference loads from the same bytes."""
     fmt, cache = case.format, filled_cache(case, device)
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
-    mask = make_mask(case)
+    mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
     scale = 1.5 / case.dim**0.5
-    arguments = (fmt, case.max_len, scale)
     with nan_filled_memory():
         actual = decode(
-            q, cache, lengths(case, device), *rotations(case, device),
-            None if mask is None else mask.to(device), *arguments,
+            q, cache, lengths(case, device), *rotations(case, device), *on(device, mask, bounds, sinks),
+            fmt, case.max_len, scale,
         )  # fmt: skip
     assert actual.dtype == case.dtype
     lens = lengths(case, "cpu")
     k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len)
-    visible, bias = reference.visible_keys(mask, lens, case.q_len, case.max_len)
-    bias = None if bias is None else bias.double()
-    expected = reference.attention(q.cpu().double(), k.double(), v.double(), visible, scale, bias)
+    if mask is None and bounds is None:
+        bounds = reference.last_tokens(lens, case.batch, case.q_len)
+    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
     expected = reference.poison_overfull(expected, lens, case.max_len)
     assert_close(actual, expected, case.dtype)
+
+
+def check_attend(case: Case, device: str) -> None:
+    """Attention in float64 over plain keys and values, with NaN where nothing may read."""
+    q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
+    mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
+    k, v = (
+        torch.randn(case.batch, case.max_len, case.kv_heads, d).to(device, case.dtype).transpose(1, 2)
+        for d in (case.dim, case.v_dim or case.dim)
+    )
+    scale = 1.5 / case.dim**0.5
+    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
+    if bounds is not None and case.bounds == "row":  # no tile of 64 slots reaches it
+        k[1, :, 128:], v[1, :, 128:] = float("nan"), float("nan")
+    with nan_filled_memory():
+        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale)
+    assert actual.dtype == case.dtype
+    assert_close(actual, expected, case.dtype)
+
+
+def float64_attention(q, k, v, mask, bounds, sinks, scale) -> torch.Tensor:
+    """The reference on a CPU in float64."""
+    visible, bias = reference.visible_keys(mask, bounds, k.shape[2])
+    inputs = (x.cpu().double() for x in (q, k, v))
+    return reference.attention(*inputs, visible, scale, None if bias is None else bias.double(), sinks)
 
 
 def check_varlen(case: Ragged, device: str) -> None:
@@ -382,6 +457,7 @@ GROUPS = {
     "store": (check_store, STORE_INTERPRETED, STORE_GPU),
     "dequantize": (check_dequantize, DEQUANTIZE_INTERPRETED, DEQUANTIZE_GPU),
     "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
+    "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
     "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),
 }
 
@@ -455,7 +531,9 @@ def record_launches() -> list[tuple]:
             q = torch.zeros(2, 8, 1, 128, dtype=BF16)
             mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
             for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
-                decode(q, cache, lens, *rotations(case, "cpu"), attn_mask, fmt, 4096, 0.1)
+                decode(q, cache, lens, *rotations(case, "cpu"), attn_mask, None, None, fmt, 4096, 0.1)
+        bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
+        attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
         varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)
     finally:

@@ -33,8 +33,8 @@ def test_opcheck(name, device):
     opcheck(ops.tq_store.default, (cache, *kv, *tail, name))
     ops.tq_store(cache, *kv, *tail, name)
     opcheck(ops.tq_dequantize.default, (cache, *tail, name, MAX_LEN, torch.float32))
-    opcheck(ops.tq_decode.default, (q, cache, *tail, None, name, MAX_LEN, 0.25))
-    opcheck(ops.tq_append_attend.default, (cache, q, *kv, *tail, mask, name, MAX_LEN, 0.25))
+    opcheck(ops.tq_decode.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25))
+    opcheck(ops.tq_append_attend.default, (cache, q, *kv, *tail, mask, None, None, name, MAX_LEN, 0.25))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,14 +56,14 @@ def test_decode_equals_dequantize_then_sdpa(name):
         q, keys, values, attn_mask=mask, scale=0.25, enable_gqa=True
     )
     expected[0, :, 1] = 0  # a query that sees nothing gives zeros
-    got = ops.tq_decode(q, cache, *tail, mask, name, MAX_LEN, 0.25)
+    got = ops.tq_decode(q, cache, *tail, mask, None, None, name, MAX_LEN, 0.25)
     assert torch.allclose(got, expected, atol=1e-5)
     bias = torch.where(mask, torch.randn(2, 1, 3, MAX_LEN), float("-inf"))
     biased = torch.nn.functional.scaled_dot_product_attention(
         q, keys, values, attn_mask=bias, scale=0.25, enable_gqa=True
     )
     biased[0, :, 1] = 0
-    got = ops.tq_decode(q, cache, *tail, bias, name, MAX_LEN, 0.25)
+    got = ops.tq_decode(q, cache, *tail, bias, None, None, name, MAX_LEN, 0.25)
     assert torch.allclose(got, biased, atol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_without_a_mask_decode_is_causal_bottom_right():
     seq_lens = torch.tensor([7, 4])
     ops.tq_store(cache, *kv, seq_lens, *rotations, "k4v4")
     q = torch.randn(2, 4, 3, 16)
-    got = ops.tq_decode(q, cache, seq_lens, *rotations, None, "k4v4", MAX_LEN, 0.25)
+    got = ops.tq_decode(q, cache, seq_lens, *rotations, None, None, None, "k4v4", MAX_LEN, 0.25)
     keys, values = load(cache, seq_lens, *rotations, KVFormat("k4v4", 16), MAX_LEN)
     for row, length in enumerate(seq_lens.tolist()):
         visible = torch.arange(MAX_LEN) <= torch.arange(length - 3, length)[:, None]
@@ -104,6 +104,6 @@ def test_backward_is_refused():
     cache, kv, tail = cache_arguments("k4v4", "cpu")
     ops.tq_store(cache, *kv, *tail, "k4v4")
     q = torch.randn(2, 4, 1, 16, requires_grad=True)
-    out = ops.tq_decode(q, cache, *tail, None, "k4v4", MAX_LEN, 0.25)
+    out = ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25)
     with pytest.raises(RuntimeError, match=r"no backward.*torch.no_grad"):
         out.sum().backward()

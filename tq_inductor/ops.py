@@ -14,7 +14,12 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   their sizes are used.
 - `attn_mask`: bool or float, broadcastable to `[B, H, q, max_len]`. It alone decides what is visible;
   slots past `seq_lens` are keys and values of zeros, as in SDPA over what `tq_dequantize` returns.
-  Without a mask the queries are the last `q` tokens and see all before and themselves.
+- `bounds`: int32 `[B, q, 2]`: of the keys that the mask lets through, query i of row b sees
+  `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode` are
+  the last `q` tokens and see all before and themselves; those of `attend` see everything.
+- `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
+- `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
+  `bounds`; `backend` names the attention backend.
 - `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
   `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right.
 
@@ -35,10 +40,13 @@ for _schema in (
     f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format) -> ()",
     f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype)"
     " -> (Tensor, Tensor)",
-    f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask, str kv_format,"
-    " SymInt max_len, float scale) -> Tensor",
+    f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask,"
+    " Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale) -> Tensor",
     f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
-    " Tensor? attn_mask, str kv_format, SymInt max_len, float scale) -> Tensor",
+    " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale)"
+    " -> Tensor",
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks, float scale,"
+    " str backend) -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
     " int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> Tensor",
     "tq_refuse_backward(Tensor grad) -> Tensor",
@@ -115,6 +123,8 @@ def _tq_decode(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     kv_format: str,
     max_len: int,
     scale: float,
@@ -124,7 +134,7 @@ def _tq_decode(
     else:
         from .reference import decode
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
-    return decode(q, cache, seq_lens, k_rotation, v_rotation, attn_mask, fmt, max_len, scale)
+    return decode(q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale)
 
 
 def _tq_decode_fake(
@@ -134,6 +144,8 @@ def _tq_decode_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     kv_format: str,
     max_len: int,
     scale: float,
@@ -150,12 +162,16 @@ def _tq_append_attend(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     kv_format: str,
     max_len: int,
     scale: float,
 ) -> torch.Tensor:
     _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format)
-    return _tq_decode(q, cache, seq_lens, k_rotation, v_rotation, attn_mask, kv_format, max_len, scale)
+    return _tq_decode(
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale
+    )
 
 
 def _tq_append_attend_fake(
@@ -167,11 +183,43 @@ def _tq_append_attend_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     kv_format: str,
     max_len: int,
     scale: float,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    if q.is_cuda:
+        from .kernels.decode import attend
+    else:
+        from .reference import attend
+    return attend(q, k, v, attn_mask, bounds, sinks, scale)
+
+
+def _attend_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def _varlen_attn(
@@ -210,8 +258,8 @@ def _varlen_attn_fake(
 
 def _tq_refuse_backward(grad: torch.Tensor) -> torch.Tensor:
     raise RuntimeError(
-        "a packed KV cache, and attention over one, have no backward: run inference under "
-        "torch.no_grad(), or train without a packed cache."
+        "a packed KV cache, and attention over a cache, have no backward: run inference under "
+        "torch.no_grad(), or train without a cache."
     )
 
 
@@ -224,6 +272,7 @@ for _name, _impl, _fake in (
     ("tq_dequantize", _tq_dequantize, _tq_dequantize_fake),
     ("tq_decode", _tq_decode, _tq_decode_fake),
     ("tq_append_attend", _tq_append_attend, _tq_append_attend_fake),
+    ("attend", _attend, _attend_fake),
     ("varlen_attn", _varlen_attn, _varlen_attn_fake),
     ("tq_refuse_backward", _tq_refuse_backward, _tq_refuse_backward_fake),
 ):
@@ -236,5 +285,5 @@ def _backward_refused(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tens
     torch.ops.tq_inductor.tq_refuse_backward(grad)
 
 
-for _name in ("tq_decode", "varlen_attn"):
+for _name in ("tq_decode", "attend", "varlen_attn"):
     torch.library.register_autograd(f"tq_inductor::{_name}", _backward_refused, lib=_lib)

@@ -1,9 +1,9 @@
 """Store, dequantize and attend in plain torch: the specification of the packed cache.
 
-Every kernel is tested against this file, and it is what runs on a CPU. `store`, `dequantize`, `decode`
-and `varlen_attention` take the same arguments as the kernels' launchers of those names; `ops` says
-what they mean. Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `P` pages, `L`
-tokens of a page, `D` head dimension.
+Every kernel is tested against this file, and it is what runs on a CPU. `store`, `dequantize`, `decode`,
+`attend` and `varlen_attention` take the arguments of the kernels' launchers of those names; `ops` says
+what they mean. Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `P` pages, `L` tokens
+of a page, `D` head dimension.
 """
 
 from __future__ import annotations
@@ -188,6 +188,7 @@ def attention(
     visible: torch.Tensor,
     scale: float,
     bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention, in the dtype of its inputs (float64 for an oracle).
 
@@ -195,46 +196,59 @@ def attention(
         q: `[B, H, q, D]`; k, v: `[B, Hkv, L, D]`; query head h reads KV head h * Hkv / H.
         visible: bool, broadcastable to `[B, H, q, L]`. A row that sees nothing gives zeros.
         bias: added to the scaled scores, broadcastable likewise.
+        sinks: `[H]`, a score per head that takes part in the softmax and has no value.
 
     Returns:
         `[B, H, q, Dv]`.
     """
-    groups = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+    kv_heads = k.shape[1]
+    grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, group * q, D]: no head is copied
+    scores = (grouped @ k.transpose(-1, -2) * scale).view(*q.shape[:-1], -1)
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
     peak = scores.amax(-1, keepdim=True)
     weights = torch.where(peak.isneginf(), 0.0, (scores - peak).exp())
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-    return weights @ v.repeat_interleave(groups, 1)
+    weights = weights[..., : k.shape[2]]
+    out = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ v
+    return out.view(*q.shape[:-1], -1)
 
 
 def visible_keys(
-    attn_mask: torch.Tensor | None, seq_lens: torch.Tensor, q_len: int, max_len: int
+    attn_mask: torch.Tensor | None, bounds: torch.Tensor | None, max_len: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `tq_decode` lets each query see: `(visible [B|1, H|1, q, max_len], bias or None)`.
+    """What mask and bounds let each query see: `(visible [B|1, H|1, q|1, max_len], bias or None)`."""
+    visible, bias = torch.ones(1, 1, 1, max_len, dtype=torch.bool), None
+    if attn_mask is not None:
+        visible = attn_mask[(None,) * (4 - attn_mask.dim())]
+        visible = visible.expand(*visible.shape[:-1], max_len)
+        if visible.dtype != torch.bool:
+            visible, bias = ~visible.isneginf(), visible.to(torch.float32)
+    if bounds is not None:
+        slot = torch.arange(max_len, device=bounds.device)
+        first, end = bounds[:, None, :, :1], bounds[:, None, :, 1:]
+        visible = visible & (first <= slot) & (slot < end)
+    return visible, bias
 
-    A mask decides alone (slots past `seq_lens` are keys of zeros, as in SDPA over what a cache
-    returns). Without one, the queries are the last `q_len` tokens and see all before and themselves
-    (causal, aligned bottom-right).
-    """
-    if attn_mask is None:
-        slot = torch.arange(max_len, device=seq_lens.device)
-        last = seq_lens.reshape(-1, 1) - q_len + torch.arange(q_len, device=seq_lens.device)
-        return (slot <= last[..., None])[:, None], None
-    attn_mask = attn_mask.expand(*attn_mask.shape[:-1], max_len)
-    if attn_mask.dtype == torch.bool:
-        return attn_mask, None
-    return ~attn_mask.isneginf(), attn_mask
+
+def last_tokens(seq_lens: torch.Tensor, batch: int, q_len: int) -> torch.Tensor:
+    """Bounds of queries that are the last `q_len` tokens of each row: causal, aligned bottom-right."""
+    ends = seq_lens.reshape(-1, 1) - q_len + 1 + torch.arange(q_len, device=seq_lens.device)
+    return torch.stack((torch.zeros_like(ends), ends), -1).expand(batch, q_len, 2)
+
+
+def _visible_range(visible: torch.Tensor) -> slice:
+    """The slots between the first and the last that anything sees."""
+    columns = visible.flatten(0, -2).any(0).nonzero()
+    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
 
 
 def poison_overfull(x: torch.Tensor, seq_lens: torch.Tensor, max_len: int) -> torch.Tensor:
-    """`x` `[B, ...]` with NaN in rows that hold more than `max_len` tokens: the rest was dropped.
-
-    A full cache is refused before it is written to wherever the host is asked; this is for where it
-    cannot be.
-    """
+    """`x` `[B, ...]` with NaN in rows that hold more than `max_len` tokens: the rest was dropped."""
     overfull = (seq_lens.expand(x.shape[0]) > max_len).reshape(-1, *[1] * (x.dim() - 1))
     return x.masked_fill(overfull, float("nan"))
 
@@ -266,23 +280,43 @@ def decode(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     fmt: KVFormat,
     max_len: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`, in float32 inside.
-
-    NaN in rows that are overfull.
-    """
-    visible, bias = visible_keys(attn_mask, seq_lens, q.shape[2], max_len)
-    columns = visible.flatten(0, -2).any(0).nonzero()
-    end = int(columns[-1]) + 1 if len(columns) else 0  # read no slot that nothing sees
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows."""
+    if attn_mask is None and bounds is None:
+        bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
+    visible, bias = visible_keys(attn_mask, bounds, max_len)
+    end = _visible_range(visible).stop  # read no slot that nothing sees
     if end == 0:
         return poison_overfull(q.new_zeros((*q.shape[:-1], fmt.v_head_dim)), seq_lens, max_len)
     k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end)
-    bias = None if bias is None else bias[..., :end].to(torch.float32)
-    out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias)
+    bias = None if bias is None else bias[..., :end]
+    out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
     return poison_overfull(out, seq_lens, max_len).to(q.dtype)
+
+
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q `[B, H, q, D]` over the keys and values `[B, Hkv, L, D]` that something sees."""
+    visible, bias = visible_keys(attn_mask, bounds, k.shape[2])
+    seen = _visible_range(visible)
+    if seen.stop == 0:
+        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    bias = None if bias is None else bias[..., seen]
+    new_q, new_k, new_v = (x.to(torch.float32) for x in (q, k[:, :, seen], v[:, :, seen]))
+    return attention(new_q, new_k, new_v, visible[..., seen], scale, bias, sinks).to(q.dtype)
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
