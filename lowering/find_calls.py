@@ -13,6 +13,7 @@ from torch.nn import functional as F
 PARAMETERS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
 )  # fmt: skip
+ALL_SDPA_BACKENDS = {"MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"}
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -29,14 +30,28 @@ class SDPANode:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    restricted: str = ""  # the SDPA backends that the user's `sdpa_kernel(...)` allows, if any
 
 
 def find_calls(graph: fx.Graph) -> Iterator[SDPANode]:
-    """The attention calls of one graph, in order."""
+    """The attention calls of one graph, in order, each as it is when its turn comes."""
+    restricted = ""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+        if node.op != "call_function":
+            continue
+        if node.target is F.scaled_dot_product_attention:
             positional = dict(zip(PARAMETERS, node.args, strict=False))
-            yield SDPANode(node, **{**DEFAULTS, **positional, **node.kwargs})
+            named = {**DEFAULTS, **positional, **node.kwargs}
+            yield SDPANode(node, **named, restricted=restricted)
+        elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
+            restricted = _allowed_backends(node)
+
+
+def _allowed_backends(node: fx.Node) -> str:
+    """The names that a `_sdpa_kernel` node, at the start or end of a `with`, leaves; "" if all."""
+    backends = node.args[0] if isinstance(node.args[0], tuple | list) else [node.args[0]]
+    names = [str(b.args[0]) if isinstance(b, fx.Node) and b.args else str(b) for b in backends]
+    return "" if ALL_SDPA_BACKENDS <= set(names) else ", ".join(names)
 
 
 def value_of(node: Any) -> Any:

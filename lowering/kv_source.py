@@ -18,28 +18,9 @@ import torch
 from torch import fx
 
 from .find_calls import SDPANode, value_of
+from .writes import Writes, storages
 
 OPS = torch.ops.tq_inductor
-IN_PLACE_OPERATORS = {
-    "setitem",
-    "delitem",
-    "iadd",
-    "iand",
-    "iconcat",
-    "ifloordiv",
-    "ilshift",
-    "imatmul",
-    "imod",
-    "imul",
-    "ior",
-    "ipow",
-    "irshift",
-    "isub",
-    "itruediv",
-    "ixor",
-}  # of `operator`
-
-
 @dataclass(frozen=True)
 class PackedSource:
     """Keys and values that one `tq_dequantize` reads from a packed cache.
@@ -67,45 +48,7 @@ def calls_op(node: Any, op: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in (op, op.default)
 
 
-def _storages(*nodes: Any) -> set[int]:
-    tensors = [v for v in map(value_of, nodes) if isinstance(v, torch.Tensor)]
-    return {t.untyped_storage()._cdata for t in tensors}
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node may write to; all of them when in doubt."""
-    if node.op == "call_method":
-        in_place = str(node.target).endswith("_") and not str(node.target).endswith("__")
-        return node.all_input_nodes[:1] if in_place else []
-    if node.op != "call_function":
-        return node.all_input_nodes if node.op == "call_module" else []
-    target = node.target
-    overload = getattr(target, "default", target)
-    if isinstance(overload, torch._ops.OpOverload):
-        arguments = overload._schema.arguments
-        named = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
-        written = [named.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
-        plain = [x for x in written if isinstance(x, fx.Node)]
-        return plain if len(plain) == len(written) else node.all_input_nodes
-    if isinstance(target, torch._ops.HigherOrderOperator) or "out" in node.kwargs:
-        return node.all_input_nodes
-    name = getattr(target, "__name__", "")
-    return node.all_input_nodes if name in IN_PLACE_OPERATORS or name.endswith("_") else []
-
-
-def writes_between(first: fx.Node, last: fx.Node, *tensors: fx.Node) -> list[fx.Node]:
-    """Nodes after `first` and before `last` that may write to the memory of any of `tensors`."""
-    memory = _storages(*tensors)
-    writers = []
-    node = first.next
-    while node is not last:
-        if _storages(*_written(node)) & memory:
-            writers.append(node)
-        node = node.next
-    return writers
-
-
-def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode) -> PackedSource | None:
+def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) -> PackedSource | None:
     """The packed cache that `key` and `value` (heads not repeated) are read from; None if none."""
     attention = sdpa.node
     if not all(isinstance(n, fx.Node) and n.target is operator.getitem for n in (key, value)):
@@ -119,19 +62,19 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode) -> PackedSource 
     cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype = dequantize.args
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in writes_between(dequantize, attention, cache, seq_lens)  # type: ignore[arg-type]
+        for node in writes.between(dequantize, attention, cache, seq_lens)  
     ] + [
         f"{node.name} changes the keys or values that were read"
-        for node in writes_between(dequantize, attention, key, value, sdpa.key, sdpa.value)
+        for node in writes.between(dequantize, attention, key, value, sdpa.key, sdpa.value)
     ]
-    store = _store_of(dequantize, attention)
+    store = _store_of(dequantize, attention, writes)
     return PackedSource(
         dequantize, cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype,  # type: ignore[arg-type]
         store, tuple(obstacles),
     )  # fmt: skip
 
 
-def _store_of(dequantize: fx.Node, attention: fx.Node) -> fx.Node | None:
+def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Node | None:
     """The store of this step, if nothing but this one attention call depends on its place.
 
     Taking it over moves the write down to the attention call: no other node in between may read the
@@ -139,11 +82,11 @@ def _store_of(dequantize: fx.Node, attention: fx.Node) -> fx.Node | None:
     """
     cache, seq_lens, k_rotation, v_rotation, kv_format = dequantize.args[:5]
     store = dequantize.prev
-    memory = _storages(cache)
+    memory = storages(cache)
     while store.op != "placeholder" and store.op != "root":
         if calls_op(store, OPS.tq_store) and store.args[0] is cache:
             break
-        if memory & _storages(*store.all_input_nodes):
+        if memory & storages(*store.all_input_nodes):
             return None
         store = store.prev
     if not calls_op(store, OPS.tq_store):
@@ -151,11 +94,43 @@ def _store_of(dequantize: fx.Node, attention: fx.Node) -> fx.Node | None:
     if store.args[3:] != (seq_lens, k_rotation, v_rotation, kv_format):
         return None
     new_k, new_v = store.args[1:3]
-    if writes_between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]
+    if writes.between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]
         return None
     node = dequantize.next
     while node is not attention:
-        if memory & _storages(*node.all_input_nodes):
+        if memory & storages(*node.all_input_nodes):
             return None
         node = node.next
     return store
+
+
+def origin_of(key: fx.Node, sdpa: SDPANode, writes: Writes) -> str:
+    """Where the keys of a call come from, in words."""
+    base = key
+    while base.op in ("call_function", "call_method") and _is_view(base):
+        base = base.args[0]  # type: ignore[assignment]
+    name = getattr(base.target, "__name__", base.target)
+    if name in ("cat", "concat", "concatenate"):
+        parts = base.args[0] if base.args else ()
+        if parts and isinstance(parts, tuple | list) and isinstance(parts[0], fx.Node):
+            first = parts[0]
+            while _is_view(first):
+                first = first.args[0]  # type: ignore[assignment]
+            if first.op in ("placeholder", "get_attr"):
+                return "a dynamic cache"
+        return "computed here"
+    if base.op not in ("placeholder", "get_attr"):
+        return "computed here"
+    writers = writes.between(base, sdpa.node, base)
+    if not writers:
+        return "an input of the graph"
+    rolls = any(node.target == "copy_" for node in writers)
+    kind = "a static sliding-window cache" if rolls else "a static cache"
+    return f"{kind}, max_len={value_of(base).shape[-2]}"
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node shows the memory of its first argument."""
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    return bool(storages(node)) and storages(node) == storages(node.args[0])

@@ -15,7 +15,8 @@ from torch import fx
 from ..format import KVFormat
 from ..storage import check_room, forget_length, note_length
 from .find_calls import value_of
-from .kv_source import OPS, calls_op, writes_between
+from .kv_source import OPS, calls_op
+from .writes import Writes
 
 
 @dataclass
@@ -46,7 +47,8 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
         if "max_len" in named:
             append.limits.append(value_of(named["max_len"]))
     # A length that something else changes too is not known here; the next look reads the device.
-    unknown = [i for i, append in appends.items() if not _only_appended(inputs[i], append)]
+    writes = Writes(graph)
+    unknown = [i for i, append in appends.items() if not _only_appended(inputs[i], append, writes)]
     appends = {i: append for i, append in appends.items() if append.new_tokens and i not in unknown}
     if not appends and not unknown:
         return None
@@ -81,10 +83,10 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
     return check
 
 
-def _only_appended(seq_length: fx.Node, append: _Append) -> bool:
+def _only_appended(seq_length: fx.Node, append: _Append, writes: Writes) -> bool:
     """Whether all that the graph does to a length is to add to it, once for each append."""
     last = next(iter(reversed(seq_length.graph.nodes)))
-    writers = writes_between(seq_length, last, seq_length)
+    writers = writes.between(seq_length, last, seq_length)
     adds = [node for node in writers if node.op == "call_method" and node.target == "add_"]
     return len(writers) == len(adds) == len(append.new_tokens)
 

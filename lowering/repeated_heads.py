@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .find_calls import value_of
+from .writes import Writes
 
 FULL = slice(None)
 
@@ -35,10 +38,21 @@ def _new_head_axis(node: Any) -> fx.Node | None:
     return None
 
 
-def strip_repeated_heads(node: fx.Node) -> tuple[fx.Node, int]:
-    """`(the tensor before repetition, how often each head was repeated)`; `(node, 1)` if none was."""
+def strip_repeated_heads(node: fx.Node, attention: fx.Node, writes: Writes) -> tuple[fx.Node, int]:
+    """`(the tensor before repetition, how often each head was repeated)`; `(node, 1)` if none was.
+
+    A repetition is a copy: one that is written to before `attention`, or whose source is, stays.
+    """
+    base, first, repeats = _before_repetition(node)
+    if repeats == 1 or writes.between(first, attention, base, node):
+        return node, 1
+    return base, repeats
+
+
+def _before_repetition(node: fx.Node) -> tuple[fx.Node, fx.Node, int]:
+    """(the tensor before repetition, the first node that reads it, how often)."""
     if _method(node, "contiguous"):
-        return strip_repeated_heads(node.args[0])  # type: ignore[arg-type]
+        return _before_repetition(node.args[0])  # type: ignore[arg-type]
     if _method(node, "reshape", "view", "flatten"):
         expand = node.args[0]
         base = _new_head_axis(expand.args[0]) if _method(expand, "expand") else None  # type: ignore[union-attr]
@@ -46,10 +60,16 @@ def strip_repeated_heads(node: fx.Node) -> tuple[fx.Node, int]:
             before, repeated, after = value_of(base), value_of(expand), value_of(node)
             n = repeated.shape[2]
             expected = [*before.shape[:1], before.shape[1] * n, *before.shape[2:]]
-            if isinstance(n, int) and list(after.shape) == expected:
-                return base, n
+            if isinstance(n, int) and _same(after.shape, expected):
+                return base, expand.args[0], n  # type: ignore[union-attr, return-value]
     if _method(node, "repeat_interleave") or node.target is torch.repeat_interleave:
         named = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
         if named.get("dim") in (1, -3) and isinstance(named.get("repeats"), int):
-            return named["input"], named["repeats"]  # type: ignore[return-value]
-    return node, 1
+            return named["input"], node, named["repeats"]  # type: ignore[return-value]
+    return node, node, 1
+
+
+def _same(shape: Sequence[Any], expected: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal; adds no guard."""
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(statically_known_true(a == b) for a, b in pairs)

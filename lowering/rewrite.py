@@ -2,23 +2,43 @@
 
     tq_store -> tq_dequantize -> (repeat_kv) -> scaled_dot_product_attention   ->   tq_append_attend
                 tq_dequantize -> (repeat_kv) -> scaled_dot_product_attention   ->   tq_decode
+                                 (repeat_kv) -> scaled_dot_product_attention   ->   attend
+                       mask ->   (repeat_kv) -> scaled_dot_product_attention   ->   the same, simpler
 
-A call that no other backend can run exactly stays as it was.
+A call that no backend can run exactly stays as it was.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
-from ..attention.call import AttentionCall
 from ..attention.select import select
 from ..report import CallRow, Report, row_of
-from .find_calls import SDPANode, find_calls, static_size, value_of
+from .describe_call import describe
+from .find_calls import SDPANode, find_calls, value_of
+from .graph_writer import GraphWriter
 from .kv_source import OPS, PackedSource, calls_op, packed_source
+from .mask_form import MaskForm, is_plain_causal, mask_form
+from .read_mask import MaskReader
 from .repeated_heads import strip_repeated_heads
+from .visibility import Visibility
+from .writes import Writes
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention call and what the passes found out about it."""
+
+    sdpa: SDPANode
+    key: fx.Node  # heads not repeated
+    value: fx.Node
+    source: PackedSource | None
+    form: MaskForm
 
 
 def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
@@ -36,108 +56,154 @@ def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
-        found = [_rewrite_call(call, requested) for call in find_calls(module.graph)]
+        rewriter = _Rewriter(module.graph)
+        found = [rewriter.rewrite(call, requested) for call in find_calls(module.graph)]
         if found:
+            rows += found
             module.graph.lint()
             module.recompile()
-        rows += found
     return Report(rows)
 
 
-def _rewrite_call(sdpa: SDPANode, requested: dict[str, str]) -> CallRow:
-    key, k_repeats = strip_repeated_heads(sdpa.key)
-    value, v_repeats = strip_repeated_heads(sdpa.value)
-    source = packed_source(key, value, sdpa) if k_repeats == v_repeats else None
-    call = _describe(sdpa, key, value, source)
-    choice = select(call, requested[call.phase])
-    row = row_of(sdpa.node, call, choice)
-    if choice.backend == "turboquant":
+class _Rewriter:
+    """Rewrites the calls of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._writes = Writes(graph)
+        self._reader = MaskReader(self._writes)
+        self._visibility = Visibility(graph, self._writes)
+
+    def rewrite(self, sdpa: SDPANode, requested: dict[str, str]) -> CallRow:
+        found = self._look_at(sdpa)
+        call = describe(found, self._visibility, self._writes)
+        choice = select(call, requested[call.phase])
+        row = row_of(sdpa.node, call, choice)
+        if choice.backend == "turboquant":
+            self._read_packed(found)
+        elif choice.backend == "triton":
+            self._attend(found, choice.backend)
+        else:
+            row = row.with_rewritten(self._simplify(found))
+        return row
+
+    def _look_at(self, sdpa: SDPANode) -> Found:
+        key, value, source, form = sdpa.key, sdpa.value, None, MaskForm()
+        if all(value_of(x).dim() == 4 for x in (sdpa.query, key, value)):
+            key, k_repeats = strip_repeated_heads(key, sdpa.node, self._writes)
+            value, v_repeats = strip_repeated_heads(value, sdpa.node, self._writes)
+            if k_repeats != v_repeats:
+                key, value = sdpa.key, sdpa.value
+            source = packed_source(key, value, sdpa, self._writes)
+            form = mask_form(sdpa, self._reader)
+        return Found(sdpa, key, value, source, form)
+
+    def _visible(self, found: Found) -> tuple[fx.Node | None, fx.Node | None]:
+        """(mask, bounds) for a kernel."""
+        sdpa, form = found.sdpa, found.form
+        if not self._visibility.can_build(sdpa, form):
+            return sdpa.attn_mask, None
+        return self._visibility.mask(sdpa, form), self._visibility.bounds(sdpa, form)
+
+    def _attend(self, found: Found, backend: str) -> None:
+        sdpa = found.sdpa
+        mask, bounds = self._visible(found)
+        args = (sdpa.query, found.key, found.value, mask, bounds, None, _scale_of(sdpa), backend)
+        self._replace(sdpa, OPS.attend.default, args)
+        _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
+
+    def _read_packed(self, found: Found) -> None:
+        """Replace the call by the op that reads the packed cache; erase what that leaves dead."""
+        sdpa, source = found.sdpa, found.source
         assert source is not None
-        _read_packed(sdpa, source)
-    return row
+        mask, bounds = self._visible(found)
+        if mask is None and bounds is None:  # everything: for the op that would mean the last tokens
+            mask = sdpa.attn_mask
+        cache_args = (source.seq_lens, source.k_rotation, source.v_rotation)
+        tail = (mask, bounds, None, source.kv_format, source.max_len, _scale_of(sdpa))
+        chain = _chain(sdpa)
+        inside = {sdpa.node, *chain}
+        # Another reader of what was dequantized needs the store where it is.
+        only_reader = all(set(node.users) <= inside for node in (source.dequantize, *chain))
+        store = source.store if only_reader else None
+        args: tuple[Any, ...]
+        if store is not None:
+            op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
+        else:
+            op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
+        self._replace(sdpa, op, (*args, *cache_args, *tail))
+        graph = source.dequantize.graph
+        for node in (*chain, source.dequantize):
+            if not node.users:
+                graph.erase_node(node)
+        if store is not None:
+            graph.erase_node(store)
+
+    def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...]) -> None:
+        """Put an op in the place of the call, its result in the layout that SDPA gives."""
+        graph, expected = sdpa.node.graph, value_of(sdpa.node)
+        write = GraphWriter(graph, sdpa.node)
+        with graph.inserting_before(sdpa.node):
+            result = write.call(op, *args)
+            if not expected.is_contiguous() and expected.transpose(1, 2).is_contiguous():
+                for method, dims in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
+                    result = write.call(method, result, *dims)  # Dynamo may have traced `view`s of it
+        sdpa.node.replace_all_uses_with(result)
+        graph.erase_node(sdpa.node)
+
+    def _simplify(self, found: Found) -> bool:
+        """Leave the call to SDPA, without a mask that is plain causal or hides nothing, and without
+        repeated heads where its kernels take fewer; whether that changed it."""
+        sdpa, form = found.sdpa, found.form
+        q, out = value_of(sdpa.query), value_of(sdpa.node)
+        untouchable = q.dim() != 4 or sdpa.dropout_p != 0 or sdpa.restricted or sdpa.is_causal not in (True, False)
+        if untouchable:
+            return False
+        q_len, kv_len = q.shape[-2], value_of(found.key).shape[-2]
+        mask, is_causal = sdpa.attn_mask, sdpa.is_causal
+        if mask is not None and is_plain_causal(form, q_len, kv_len):
+            mask, is_causal = None, True
+        elif mask is not None and form == MaskForm():
+            mask = None
+        # On a GPU only the kernels for 16 bits without a mask take fewer KV heads.
+        native = q.device.type == "cpu" or (mask is None and out.element_size() == 2)
+        strips = found.key is not sdpa.key and native
+        if mask is sdpa.attn_mask and not strips:
+            return False
+        key, value = (found.key, found.value) if strips else (sdpa.key, sdpa.value)
+        options = {"attn_mask": mask, "is_causal": is_causal, "scale": sdpa.scale}
+        if strips or sdpa.enable_gqa:
+            options["enable_gqa"] = True
+        write = GraphWriter(sdpa.node.graph, sdpa.node)
+        with sdpa.node.graph.inserting_before(sdpa.node):
+            result = write.call(F.scaled_dot_product_attention, sdpa.query, key, value, **options)
+            if value_of(result).stride() != out.stride():  # Dynamo may have traced `view`s of it
+                result = _with_layout(write, result, out)
+        sdpa.node.replace_all_uses_with(result)
+        sdpa.node.graph.erase_node(sdpa.node)
+        if strips:
+            _erase_unused(sdpa.key, sdpa.value, until=(key, value))
+        return True
 
 
-def _describe(sdpa: SDPANode, key: fx.Node, value: fx.Node, source: PackedSource | None) -> AttentionCall:
-    q, k, v, out = (value_of(n) for n in (sdpa.query, key, value, sdpa.node))
-    mask = value_of(sdpa.attn_mask)
-    obstacles = list(source.obstacles) if source else []
-    if not q.dim() == k.dim() == v.dim() == 4:
-        obstacles.append(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions (needs 4)")
-    if source and not q.dtype == source.dtype == out.dtype:
-        obstacles.append(f"q is {q.dtype}, the cache gives {source.dtype}, attention {out.dtype}")
-    if not isinstance(sdpa.scale, (int, float, type(None))):
-        obstacles.append("scale is not known at compile time")
-    if not isinstance(sdpa.is_causal, bool):
-        obstacles.append("is_causal is not known at compile time")
-    cuda = q.device.type == "cuda" and torch.version.cuda
-    return AttentionCall(
-        batch_size=static_size(q, -4),
-        q_len=static_size(q, -2),
-        kv_len=static_size(k, -2),
-        num_heads=static_size(q, -3),
-        num_kv_heads=static_size(k, -3),
-        head_dim=static_size(q, -1),
-        v_head_dim=static_size(v, -1),
-        dtype=out.dtype,
-        device=q.device.type,
-        capability=torch.cuda.get_device_capability(q.device) if cuda else None,
-        mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-        is_causal=sdpa.is_causal is not False,
-        dropout=sdpa.dropout_p,
-        needs_grad=any(x.requires_grad for x in (q, k, v)),
-        kv_format=source.kv_format if source else None,
-        kv_source=_source_name(key, source),
-        obstacles=tuple(obstacles),
-    )
-
-
-def _source_name(key: fx.Node, source: PackedSource | None) -> str:
-    if source:
-        return f"a packed cache, {source.kv_format}, max_len={value_of(source.max_len)}"
-    if key.op == "placeholder":
-        return "an input of the graph"
-    return "computed here"
-
-
-def _read_packed(sdpa: SDPANode, source: PackedSource) -> None:
-    """Replace an attention call by the op that reads the packed cache; erase what that leaves dead."""
-    head_dim = value_of(sdpa.query).shape[3]
-    scale = float(sdpa.scale) if sdpa.scale is not None else head_dim**-0.5
-    cache_args = (source.seq_lens, source.k_rotation, source.v_rotation)
-    tail = (sdpa.attn_mask, None, None, source.kv_format, source.max_len, scale)
-    chain = _chain(sdpa)
-    inside = {sdpa.node, *chain}
-    # Another reader of what was dequantized needs the store where it is.
-    only_reader = all(set(node.users) <= inside for node in (source.dequantize, *chain))
-    store = source.store if only_reader else None
-    args: tuple[Any, ...]
-    if store is not None:
-        op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
-    else:
-        op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
-    graph = sdpa.node.graph
-    with graph.inserting_before(sdpa.node):
-        attend = graph.call_function(op, (*args, *cache_args, *tail))
-        result = _in_layout_of(value_of(sdpa.node), attend)
-    for node in {attend, result}:
-        node.meta.update(sdpa.node.meta)
-    sdpa.node.replace_all_uses_with(result)
-    for node in (sdpa.node, *chain, source.dequantize):
-        if not node.users:
-            graph.erase_node(node)
-    if store is not None:
-        graph.erase_node(store)
-
-
-def _in_layout_of(expected: torch.Tensor, attend: fx.Node) -> fx.Node:
-    """The op's result (contiguous) in the layout that SDPA gives: Dynamo may have traced `view`s of it."""
-    if expected.is_contiguous() or not expected.transpose(1, 2).is_contiguous():
-        return attend
-    result = attend
-    for method, args in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
-        result = attend.graph.call_method(method, (result, *args))
-        result.meta.update(attend.meta)
+def _with_layout(write: GraphWriter, result: fx.Node, expected: torch.Tensor) -> fx.Node:
+    if expected.is_contiguous():
+        return write.call("contiguous", result)
+    for method, dims in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
+        result = write.call(method, result, *dims)
     return result
+
+
+def _scale_of(sdpa: SDPANode) -> float:
+    return float(sdpa.scale) if sdpa.scale is not None else value_of(sdpa.query).shape[3] ** -0.5
+
+
+def _erase_unused(*nodes: fx.Node, until: tuple[fx.Node, ...]) -> None:
+    """Erase chains of first arguments that nobody uses any more, down to the nodes `until`."""
+    for node in nodes:
+        while node not in until and not node.users:
+            below = node.args[0]
+            node.graph.erase_node(node)
+            node = below  # type: ignore[assignment]
 
 
 def _chain(sdpa: SDPANode) -> list[fx.Node]:

@@ -314,9 +314,15 @@ def attend(
     seen = _visible_range(visible)
     if seen.stop == 0:
         return q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    visible = visible[..., seen]
+    k, v = k[:, :, seen], v[:, :, seen]
+    if sinks is None:
+        mask = visible if bias is None else bias[..., seen].masked_fill(~visible, float("-inf")).to(q.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
+        )
     bias = None if bias is None else bias[..., seen]
-    new_q, new_k, new_v = (x.to(torch.float32) for x in (q, k[:, :, seen], v[:, :, seen]))
-    return attention(new_q, new_k, new_v, visible[..., seen], scale, bias, sinks).to(q.dtype)
+    return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]

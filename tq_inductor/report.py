@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ class CallRow:
         source: file, line and function of the user's code.
         shapes: q, kv, dtype and device in words.
         phase: "prefill" or "decode".
-        mask: "none", "causal" (SDPA's flag), "bool" or "float".
+        mask: what the mask says: "none", "causal", "causal, offset on the device + padding", ..., or
+            "bool" or "float" where it is not understood.
         kv_source: where keys and values come from.
         backend: the attention backend chosen.
+        rewritten: whether the call was replaced: by another backend, or by a simpler call of SDPA.
         not_chosen: for every other backend the reasons, with values.
     """
 
@@ -40,11 +42,11 @@ class CallRow:
     kv_source: str
     backend: str
     not_chosen: dict[str, list[str]]
+    rewritten: bool
 
-    @property
-    def rewritten(self) -> bool:
-        """Whether the call was replaced."""
-        return self.backend != "sdpa"
+    def with_rewritten(self, rewritten: bool) -> CallRow:
+        """This row, of a call that was or was not replaced."""
+        return replace(self, rewritten=rewritten)
 
 
 def row_of(node: fx.Node, call: AttentionCall, choice: Choice) -> CallRow:
@@ -54,10 +56,11 @@ def row_of(node: fx.Node, call: AttentionCall, choice: Choice) -> CallRow:
         source=_source_line(node.meta.get("stack_trace")),
         shapes=call.describe(),
         phase=call.phase,
-        mask=call.mask if call.mask != "none" else "causal" if call.is_causal else "none",
+        mask=call.visible,
         kv_source=call.kv_source,
         backend=choice.backend,
         not_chosen=choice.not_chosen,
+        rewritten=choice.backend != "sdpa",
     )
 
 

@@ -22,12 +22,16 @@ class AttentionCall:
         device: "cpu", "cuda", ...
         capability: compute capability of a CUDA device, e.g. (9, 0).
         mask: "none", "bool" or "float": what `attn_mask` is.
+        visible: what the mask says, in words, e.g. "causal + padding".
+        bounded: whether keys at either end may be hidden from all queries, as the empty slots of a
+            static cache are, by an amount that only the device knows.
         is_causal: SDPA's flag, which aligns query 0 with key 0 (top-left).
         dropout: probability.
         needs_grad: whether a backward may follow.
         kv_format: the format of the packed cache that k and v are read from; None if they are not.
         kv_source: where k and v come from, in words.
-        obstacles: what in the graph stands against reading the packed cache directly.
+        obstacles: what in the graph stands against replacing the call by anything.
+        packed_obstacles: what in the graph stands against reading the packed cache directly.
     """
 
     batch_size: int | None
@@ -41,12 +45,15 @@ class AttentionCall:
     device: str
     capability: tuple[int, int] | None = None
     mask: str = "none"
+    visible: str = "none"
+    bounded: bool = False
     is_causal: bool = False
     dropout: float = 0.0
     needs_grad: bool = False
     kv_format: str | None = None
     kv_source: str = "computed here"
     obstacles: tuple[str, ...] = ()
+    packed_obstacles: tuple[str, ...] = ()
 
     @property
     def phase(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import NoAttentionBackendError, OptionError
-from . import sdpa, turboquant
+from . import sdpa, triton, turboquant
 from .call import AttentionCall
 
 
@@ -28,6 +28,7 @@ class AttentionBackend:
 
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, turboquant.unavailable),
+    AttentionBackend("triton", triton.why_not, triton.unavailable),
     AttentionBackend("sdpa", sdpa.why_not, sdpa.unavailable),
 )
 

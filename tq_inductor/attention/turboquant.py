@@ -16,7 +16,7 @@ def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why this call cannot read the packed bytes; empty if it can."""
     if call.kv_format is None:
         return [f"keys and values are not read from a packed cache (they are {call.kv_source})"]
-    reasons = list(call.obstacles)
+    reasons = [*call.obstacles, *call.packed_obstacles]
     if call.q_len is None:
         reasons.append("q_len is not known at compile time")
     elif call.q_len > MAX_QUERIES:

@@ -1,0 +1,133 @@
+"""From what the passes found about a call to the `AttentionCall` on which the choice depends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..attention.call import MAX_DECODE_QUERIES, AttentionCall
+from .find_calls import static_size, value_of
+from .kv_source import origin_of
+from .mask_form import MaskForm, name_of, static_end
+from .visibility import Visibility
+from .writes import Writes
+
+if TYPE_CHECKING:
+    from .rewrite import Found
+
+
+def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionCall:
+    """The facts of a call."""
+    sdpa, form, source = found.sdpa, found.form, found.source
+    q, k, v, out = (value_of(n) for n in (sdpa.query, found.key, found.value, sdpa.node))
+    mask = value_of(sdpa.attn_mask)
+    cuda = q.device.type == "cuda" and torch.version.cuda
+    return AttentionCall(
+        batch_size=static_size(q, -4),
+        q_len=static_size(q, -2),
+        kv_len=static_size(k, -2),
+        num_heads=static_size(q, -3),
+        num_kv_heads=static_size(k, -3),
+        head_dim=static_size(q, -1),
+        v_head_dim=static_size(v, -1),
+        dtype=out.dtype,
+        device=q.device.type,
+        capability=torch.cuda.get_device_capability(q.device) if cuda else None,
+        mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        visible=_words(found),
+        bounded=_is_bounded(found) and visibility.can_build(sdpa, form),
+        is_causal=sdpa.is_causal is not False,
+        dropout=sdpa.dropout_p,
+        needs_grad=any(x.requires_grad for x in (q, k, v)),
+        kv_format=source.kv_format if source else None,
+        kv_source=_source_name(found, writes),
+        obstacles=tuple(_obstacles(found)),
+        packed_obstacles=tuple(_packed_obstacles(found)),
+    )
+
+
+def _obstacles(found: Found) -> list[str]:
+    """What stands against replacing the call by anything."""
+    sdpa = found.sdpa
+    q, k, v, out = (value_of(n) for n in (sdpa.query, found.key, found.value, sdpa.node))
+    reasons = []
+    if not q.dim() == k.dim() == v.dim() == 4:
+        reasons.append(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions (needs 4)")
+    elif any(not statically_known_true(a == b) for a, b in _sizes(q, k, v)):
+        reasons.append(f"q, k and v broadcast: {_shape(q)}, {_shape(k)}, {_shape(v)}")
+    if sdpa.restricted:
+        reasons.append(f"inside torch.nn.attention.sdpa_kernel({sdpa.restricted})")
+    if not isinstance(sdpa.scale, int | float | None):
+        reasons.append("scale is not known at compile time")
+    if not isinstance(sdpa.is_causal, bool):
+        reasons.append("is_causal is not known at compile time")
+    if not isinstance(sdpa.dropout_p, int | float):
+        reasons.append("dropout_p is not known at compile time")
+    if not q.dtype == k.dtype == v.dtype == out.dtype:
+        reasons.append(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, the result {out.dtype} (autocast?)")
+    return reasons
+
+
+def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[tuple[Any, Any]]:
+    """Pairs of sizes that must be equal, and of remainders that must be 0."""
+    pairs = [(x.shape[0], q.shape[0]) for x in (k, v)]
+    pairs += [(q.shape[1] % k.shape[1], 0), (k.shape[1], v.shape[1])]
+    return [*pairs, (k.shape[2], v.shape[2]), (q.shape[3], k.shape[3])]
+
+
+def _shape(x: torch.Tensor) -> str:
+    return str([s if isinstance(s, int) else "?" for s in x.shape])
+
+
+def _packed_obstacles(found: Found) -> list[str]:
+    source = found.source
+    if source is None:
+        return []
+    q = value_of(found.sdpa.query)
+    reasons = list(source.obstacles)
+    if q.dtype != source.dtype:
+        reasons.append(f"q is {q.dtype}, the cache gives {source.dtype}")
+    return reasons
+
+
+def _words(found: Found) -> str:
+    """The mask in words."""
+    sdpa = found.sdpa
+    q, k = value_of(sdpa.query), value_of(found.key)
+    if sdpa.attn_mask is None and sdpa.is_causal is False:
+        return "none"
+    if q.dim() != 4:
+        return "none" if sdpa.attn_mask is None else "dense"
+    words = name_of(found.form, sdpa.attn_mask, q.shape[-2], k.shape[-2])
+    return "none (hides nothing)" if words == "none" else words
+
+
+def _is_bounded(found: Found) -> bool:
+    """Whether the mask may leave keys at either end that no query sees: known on the device only."""
+    form, sdpa = found.form, found.sdpa
+    q_len, kv_len = (value_of(n).shape[-2] for n in (sdpa.query, found.key))
+    if value_of(sdpa.query).dim() != 4 or form.soft:
+        return False
+    if form.upper is not None:
+        end = static_end(form.upper)
+        if end is None or not statically_known_true(end[0] * (q_len - 1) + end[1] >= kv_len):
+            return True
+    if form.lower is not None:
+        end = static_end(form.lower)
+        if end is None or statically_known_true(end[1] > 0):
+            return True
+    few = isinstance(q_len, int) and q_len <= MAX_DECODE_QUERIES and not statically_known_true(q_len == kv_len)
+    return few and _hides_keys(form)
+
+
+def _hides_keys(form: MaskForm) -> bool:
+    return form.keys is not None or (bool(form.rest) and not form.bias)
+
+
+def _source_name(found: Found, writes: Writes) -> str:
+    source = found.source
+    if source:
+        return f"a packed cache, {source.kv_format}, max_len={value_of(source.max_len)}"
+    return origin_of(found.key, found.sdpa, writes)

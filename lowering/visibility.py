@@ -1,0 +1,239 @@
+"""Put what a mask says into the graph in the form that kernels take.
+
+- bounds, int32 `[B, q, 2]`: query i of row b sees keys `bounds[b, i, 0] <= k < bounds[b, i, 1]`. Computed
+  from a few numbers; where the mask is not understood, from the first and last key that it shows in each
+  row of the batch, so that no kernel reads what nobody sees.
+- a mask `[B, 1, 1, L]` over keys, or the mask itself where it is more than that.
+
+Both are computed where the mask is, once for all layers that share it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import index_expr as ix
+from .find_calls import SDPANode, value_of
+from .graph_writer import GraphWriter
+from .index_expr import KEY, Apply, Constant, Element, Expr, Index
+from .mask_form import EVERYTHING, MaskForm, elements
+from .read_mask import ZERO, is_one
+from .writes import Writes
+
+MAX_SCANNED_QUERIES = 16  # the mask of more queries is too large to be scanned for its extent
+
+
+class Visibility:
+    """Builds bounds and key masks in one graph; the same one only once."""
+
+    def __init__(self, graph: fx.Graph, writes: Writes) -> None:
+        self._graph, self._writes = graph, writes
+        self._built: dict[tuple[Any, ...], fx.Node] = {}
+        self._last: dict[fx.Node, fx.Node] = {}  # the last node inserted behind a mask
+
+    def can_build(self, sdpa: SDPANode, form: MaskForm) -> bool:
+        """Whether what the form depends on still has its value where the mask is."""
+        place = self._place(sdpa)
+        if place is sdpa.node:
+            return not elements(form)
+        if self._writes.between(place, sdpa.node, place):
+            return False  # the mask changes after this place
+        tensors = [e for e in elements(form) if isinstance(value_of(e.node), torch.Tensor)]
+        return all(self._writes.until(place, e.node) == e.version for e in tensors)
+
+    def bounds(self, sdpa: SDPANode, form: MaskForm) -> fx.Node | None:
+        """Bounds int32 `[B, q, 2]` of the call; None if nothing limits what is visible.
+
+        Together with `mask` they say what the form says.
+        """
+        place = self._place(sdpa)
+        mask = sdpa.attn_mask
+        scanned = None
+        if form.exact and form.keys is not None:
+            scanned = self.mask(sdpa, form)
+        elif form.rest and not form.bias and not form.soft and value_of(mask).dtype == torch.bool:
+            scanned = mask
+        if scanned is not None and not _can_scan(scanned, sdpa):
+            scanned = None
+        if form.soft or (form.lower is None and form.upper is None and scanned is None):
+            return None
+        shape = tuple(str(s) for s in (*value_of(sdpa.query).shape, *value_of(sdpa.key).shape[-2:-1]))
+        key = ("bounds", form.lower, form.upper, scanned, shape)
+        if key not in self._built:
+            with self._behind_mask(sdpa) as write:
+                if scanned is None:
+                    self._built[key] = self._of_interval(write, sdpa, form)
+                else:
+                    self._built[key] = self._of_extent(write, sdpa, form, scanned)
+        return self._built[key]
+
+    def mask(self, sdpa: SDPANode, form: MaskForm) -> fx.Node | None:
+        """What the kernel must apply beside the bounds: None, a mask over keys, or the mask itself."""
+        if not form.exact:
+            return sdpa.attn_mask  # type: ignore[no-any-return]
+        if form.keys is None:
+            return None
+        key = ("keys", form.keys, str(value_of(sdpa.key).shape[-2]))
+        if key not in self._built:
+            with self._behind_mask(sdpa) as write:
+                self._built[key] = _Emitter(write, sdpa).tensor(form.keys)
+        return self._built[key]
+
+    @contextmanager
+    def _behind_mask(self, sdpa: SDPANode) -> Iterator[GraphWriter]:
+        """Insert where the mask is; without one, before the call."""
+        place = self._place(sdpa)
+        following = place
+        if place is not sdpa.node:
+            following = self._last.get(place, place).next
+            while following.op in ("placeholder", "get_attr"):
+                following = following.next
+        with self._graph.inserting_before(following):
+            yield GraphWriter(self._graph, sdpa.query)
+        self._last[place] = following.prev
+
+    def _place(self, sdpa: SDPANode) -> fx.Node:
+        return sdpa.attn_mask if sdpa.attn_mask is not None else sdpa.node
+
+    def _of_interval(self, write: GraphWriter, sdpa: SDPANode, form: MaskForm) -> fx.Node:
+        emit = _Emitter(write, sdpa)
+        batch, q_len = write.size(sdpa.query, 0), write.size(sdpa.query, -2)
+        ends = [emit.tensor(form.lower or ZERO), emit.tensor(form.upper or EVERYTHING)]
+        ends = [write.call("expand", end, batch, 1, q_len, 1) for end in ends]
+        both = write.call("squeeze", write.call(torch.cat, ends, -1), 1)
+        return write.call("to", both, torch.int32)
+
+    def _of_extent(self, write: GraphWriter, sdpa: SDPANode, form: MaskForm, mask: fx.Node) -> fx.Node:
+        """The interval, cut to the first and last key that a mask shows to any head or query."""
+        emit = _Emitter(write, sdpa)
+        seen = mask
+        if value_of(mask).dim() < 4:
+            seen = write.call(operator.getitem, seen, (None,) * (4 - value_of(mask).dim()))
+        for dim in (1, 2):
+            if not is_one(value_of(seen).shape[dim]):
+                seen = write.call("any", seen, dim, keepdim=True)
+        key = emit.tensor(Index(KEY))
+        kv_len = write.size(sdpa.key, -2)
+        last = write.call(torch.where, seen, write.call(operator.add, key, 1), 0)
+        first = write.call(torch.where, seen, key, kv_len)
+        upper = write.call("amax", last, -1, keepdim=True)
+        lower = write.call("amin", first, -1, keepdim=True)
+        if form.lower is not None:
+            lower = write.call(torch.maximum, lower, emit.tensor(form.lower))
+        if form.upper is not None:
+            upper = write.call(torch.minimum, upper, emit.tensor(form.upper))
+        batch, q_len = write.size(sdpa.query, 0), write.size(sdpa.query, -2)
+        ends = [write.call("expand", end, batch, 1, q_len, 1) for end in (lower, upper)]
+        both = write.call("squeeze", write.call(torch.cat, ends, -1), 1)
+        return write.call("to", both, torch.int32)
+
+
+def _can_scan(mask: fx.Node, sdpa: SDPANode) -> bool:
+    """Whether a mask has a column for every key and few rows."""
+    shape = value_of(mask).shape
+    rows = shape[-2] if len(shape) > 1 else 1
+    if str(shape[-1]) != str(value_of(sdpa.key).shape[-2]) or is_one(shape[-1]):
+        return False
+    return isinstance(rows, int) and rows <= MAX_SCANNED_QUERIES
+
+
+class _Emitter:
+    """Writes expressions as nodes that broadcast to `[B, H, q, L]`."""
+
+    def __init__(self, write: GraphWriter, sdpa: SDPANode) -> None:
+        self._write = write
+        self._axis_size = {0: (sdpa.query, 0), 1: (sdpa.query, 1), 2: (sdpa.query, -2), 3: (sdpa.key, -2)}
+        self._known: dict[Expr, Any] = {}
+
+    def tensor(self, x: Expr) -> fx.Node:
+        """`x` as a 4-D tensor, sizes 1 where it does not depend on the axis."""
+        value = self._emit(x)
+        if isinstance(value, fx.Node) and isinstance(value_of(value), torch.Tensor):
+            if value_of(value).dim() == 4:
+                return value
+            return self._write.call("view", value, 1, 1, 1, 1)
+        dtype = torch.bool if isinstance(value, bool) else torch.int64
+        return self._write.call(torch.full, (1, 1, 1, 1), value, dtype=dtype, device=self._write.device)
+
+    def _emit(self, x: Expr) -> Any:
+        if x not in self._known:
+            self._known[x] = self._new(x)
+        return self._known[x]
+
+    def _new(self, x: Expr) -> Any:
+        if isinstance(x, Constant):
+            return x.value
+        if isinstance(x, Index):
+            size = self._write.size(*self._axis_size[x.axis])
+            shape = [-1 if axis == x.axis else 1 for axis in range(4)]
+            positions = self._write.call(torch.arange, size, device=self._write.device)
+            return self._write.call("view", positions, *shape)
+        if isinstance(x, Element):
+            return self._element(x)
+        return self._apply(x)
+
+    def _element(self, x: Element) -> Any:
+        value = value_of(x.node)
+        if not isinstance(value, torch.Tensor):
+            return x.node
+        node = (
+            x.node
+            if value.device == self._write.device
+            else self._write.call("to", x.node, self._write.device)
+        )
+        if not x.at:
+            return node
+        index = self._view_index(x)
+        if index is None:
+            index = tuple(self.tensor(i) for i in x.at)
+        return self._write.call(operator.getitem, node, index)
+
+    def _view_index(self, x: Element) -> tuple[Any, ...] | None:
+        """The index that only inserts and drops axes, if that is all that is asked."""
+        items: list[Any] = []
+        axis = 0
+        for i, size in zip(x.at, value_of(x.node).shape, strict=True):
+            if i == ZERO:
+                items.append(0)
+                continue
+            if not isinstance(i, Index) or i.axis < axis:
+                return None
+            node, dim = self._axis_size[i.axis]
+            if str(value_of(node).shape[dim]) != str(size):
+                return None
+            items += [None] * (i.axis - axis) + [slice(None)]
+            axis = i.axis + 1
+        return tuple(items + [None] * (4 - axis))
+
+    def _apply(self, x: Apply) -> fx.Node:
+        call = self._write.call
+        if x.op in ("add", "mul"):
+            function = operator.add if x.op == "add" else operator.mul
+            total = self._emit(x.args[0])
+            for part in x.args[1:]:
+                total = call(function, total, self._emit(part))
+            return total  # type: ignore[no-any-return]
+        parts = [self.tensor(part) for part in x.args]
+        if x.op == "le":  # 0 <= sum
+            return call(operator.ge, parts[1], 0)
+        if x.op == "not":
+            return call(torch.logical_not, parts[0])
+        if x.op == "where":
+            return call(torch.where, *parts)
+        function = {
+            "eq": operator.eq,
+            "and": operator.and_,
+            "or": operator.or_,
+            "max": torch.maximum,
+            "min": torch.minimum,
+        }[x.op]
+        result = parts[0]
+        for part in parts[1:]:
+            result = call(function, result, part)
+        return result
