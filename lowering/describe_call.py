@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attention.call import MAX_DECODE_QUERIES, AttentionCall
-from .find_calls import static_size, value_of
-from .kv_source import origin_of
+from .find_calls import SDPANode, static_size, value_of
+from .kv_source import PackedSource, origin_of
 from .mask_form import MaskForm, name_of, static_end
 from .visibility import Visibility
 from .writes import Writes
 
-if TYPE_CHECKING:
-    from .rewrite import Found
+
+@dataclass(frozen=True)
+class Found:
+    """An attention call and what the passes found out about it."""
+
+    sdpa: SDPANode
+    key: fx.Node  # heads not repeated
+    value: fx.Node
+    source: PackedSource | None
+    form: MaskForm
 
 
 def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionCall:
@@ -118,7 +128,11 @@ def _is_bounded(found: Found) -> bool:
         end = static_end(form.lower)
         if end is None or statically_known_true(end[1] > 0):
             return True
-    few = isinstance(q_len, int) and q_len <= MAX_DECODE_QUERIES and not statically_known_true(q_len == kv_len)
+    few = (
+        isinstance(q_len, int)
+        and q_len <= MAX_DECODE_QUERIES
+        and not statically_known_true(q_len == kv_len)
+    )
     return few and _hides_keys(form)
 
 

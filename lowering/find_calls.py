@@ -51,7 +51,7 @@ def _allowed_backends(node: fx.Node) -> str:
     """The names that a `_sdpa_kernel` node, at the start or end of a `with`, leaves; "" if all."""
     backends = node.args[0] if isinstance(node.args[0], tuple | list) else [node.args[0]]
     names = [str(b.args[0]) if isinstance(b, fx.Node) and b.args else str(b) for b in backends]
-    return "" if ALL_SDPA_BACKENDS <= set(names) else ", ".join(names)
+    return "" if set(names) >= ALL_SDPA_BACKENDS else ", ".join(names)
 
 
 def value_of(node: Any) -> Any:

@@ -21,6 +21,8 @@ from .find_calls import SDPANode, value_of
 from .writes import Writes, storages
 
 OPS = torch.ops.tq_inductor
+
+
 @dataclass(frozen=True)
 class PackedSource:
     """Keys and values that one `tq_dequantize` reads from a packed cache.
@@ -62,7 +64,7 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype = dequantize.args
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in writes.between(dequantize, attention, cache, seq_lens)  
+        for node in writes.between(dequantize, attention, cache, seq_lens)
     ] + [
         f"{node.name} changes the keys or values that were read"
         for node in writes.between(dequantize, attention, key, value, sdpa.key, sdpa.value)
@@ -131,6 +133,10 @@ def origin_of(key: fx.Node, sdpa: SDPANode, writes: Writes) -> str:
 
 def _is_view(node: fx.Node) -> bool:
     """Whether a node shows the memory of its first argument."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+    if (
+        node.op not in ("call_function", "call_method")
+        or not node.args
+        or not isinstance(node.args[0], fx.Node)
+    ):
         return False
     return bool(storages(node)) and storages(node) == storages(node.args[0])

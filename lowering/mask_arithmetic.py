@@ -97,14 +97,13 @@ def elementwise(name: str, operands: list[Any], read: list[Expr], out: torch.dty
         return of_choices(lambda x: FLOAT_COMPARISONS[name](x, read[1].value), read[0])  # type: ignore[union-attr]
     if name not in NUMBERS:
         raise NotReadable
+    pairs = zip(read, operands, strict=True)
     if out in POSITIONS:
-        return _of_integers(
-            name, *(ix.number(x) if is_bool(a) else x for x, a in zip(read, operands, strict=True))
-        )
+        a, b = (ix.number(x) if is_bool(operand) else x for x, operand in pairs)
+        return _of_integers(name, a, b)
     if out.is_floating_point:
-        return _of_floats(
-            name, *(_float(x, out) if is_bool(a) else x for x, a in zip(read, operands, strict=True)), out
-        )
+        a, b = (_float(x, out) if is_bool(operand) else x for x, operand in pairs)
+        return _of_floats(name, a, b, out)
     raise NotReadable
 
 

@@ -59,8 +59,8 @@ def mask_form(sdpa: SDPANode, reader: MaskReader) -> MaskForm:
     bias = soft = False
     if sdpa.attn_mask is not None:
         mask = value_of(sdpa.attn_mask)
-        at = tuple(Index(axis) for axis in range(4 - mask.dim(), 4))
-        at = tuple(ZERO if is_one(s) else i for s, i in zip(mask.shape, at, strict=True))
+        axes = range(4 - mask.dim(), 4)
+        at = tuple(ZERO if is_one(s) else Index(a) for s, a in zip(mask.shape, axes, strict=True))
         read = reader.read(sdpa.attn_mask, at, sdpa.node)
         if mask.dtype == torch.bool:
             formula = ix.and_(formula, read)
@@ -173,9 +173,7 @@ def _union(args: tuple[Expr, ...]) -> Interval | None:
     parts = [_interval(x) for x in args if x not in rows]
     if None in parts:
         return None
-    if all(low is None for low, _ in parts):  # type: ignore[misc]
-        lower, upper = _combine(parts, "min", "max")  # type: ignore[arg-type]
-    elif all(high is None for _, high in parts):  # type: ignore[misc]
+    if all(low is None for low, _ in parts) or all(high is None for _, high in parts):  # type: ignore[misc]
         lower, upper = _combine(parts, "min", "max")  # type: ignore[arg-type]
     elif len(parts) == 1:
         lower, upper = parts[0]  # type: ignore[misc]

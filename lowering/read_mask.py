@@ -171,7 +171,7 @@ class MaskReader:
             raise NotReadable
         order = list(range(len(at)))
         if name == "permute" and len(dims) == len(at):
-            order = [d % len(at) for d in dims]  # type: ignore[operator]
+            order = [d % len(at) for d in dims]  # type: ignore[operator, misc]
         elif name != "permute" and len(dims) == 2:
             a, b = dims
             order[a], order[b] = order[b], order[a]  # type: ignore[index]

@@ -10,7 +10,6 @@ A call that no backend can run exactly stays as it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,26 +18,15 @@ from torch.nn import functional as F
 
 from ..attention.select import select
 from ..report import CallRow, Report, row_of
-from .describe_call import describe
+from .describe_call import Found, describe
 from .find_calls import SDPANode, find_calls, value_of
 from .graph_writer import GraphWriter
-from .kv_source import OPS, PackedSource, calls_op, packed_source
+from .kv_source import OPS, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
 from .read_mask import MaskReader
 from .repeated_heads import strip_repeated_heads
 from .visibility import Visibility
 from .writes import Writes
-
-
-@dataclass(frozen=True)
-class Found:
-    """An attention call and what the passes found out about it."""
-
-    sdpa: SDPANode
-    key: fx.Node  # heads not repeated
-    value: fx.Node
-    source: PackedSource | None
-    form: MaskForm
 
 
 def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
@@ -155,7 +143,9 @@ class _Rewriter:
         repeated heads where its kernels take fewer; whether that changed it."""
         sdpa, form = found.sdpa, found.form
         q, out = value_of(sdpa.query), value_of(sdpa.node)
-        untouchable = q.dim() != 4 or sdpa.dropout_p != 0 or sdpa.restricted or sdpa.is_causal not in (True, False)
+        untouchable = (
+            q.dim() != 4 or sdpa.dropout_p != 0 or sdpa.restricted or sdpa.is_causal not in (True, False)
+        )
         if untouchable:
             return False
         q_len, kv_len = q.shape[-2], value_of(found.key).shape[-2]

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import index_expr as ix
 from .find_calls import SDPANode, value_of
 from .graph_writer import GraphWriter
 from .index_expr import KEY, Apply, Constant, Element, Expr, Index
@@ -52,7 +51,6 @@ class Visibility:
 
         Together with `mask` they say what the form says.
         """
-        place = self._place(sdpa)
         mask = sdpa.attn_mask
         scanned = None
         if form.exact and form.keys is not None:
@@ -234,6 +232,6 @@ class _Emitter:
             "min": torch.minimum,
         }[x.op]
         result = parts[0]
-        for part in parts[1:]:
-            result = call(function, result, part)
+        for other in parts[1:]:
+            result = call(function, result, other)
         return result

@@ -173,7 +173,7 @@ def test_explain_of_a_decode_step():
         first = explain(model, ids, past_key_values=cache)
         step = explain(model, ids[:, :1], past_key_values=cache)
     assert [row.phase for row in first.rows] == ["prefill"] * 4
-    assert not first.rewritten
+    assert [row.mask for row in first.rows] == ["causal + window 8", "causal"] * 2
     assert [row.backend for row in step.rows] == ["sdpa", "turboquant"] * 2
     assert step.rows[1].module == "model.layers.1.self_attn"
     assert "sdpa_attention" in step.rows[1].source

@@ -9,6 +9,7 @@ of a page, `D` head dimension.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from .codebook import FP8_UNIT, codebook
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
@@ -135,7 +136,7 @@ def store(
     """
     batch, _, new, _ = k.shape
     page_size = fmt.page_size(cache.shape[-1])
-    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new, device=k.device)
+    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new)
     rows, tokens = torch.nonzero((positions >= 0) & (positions < page_size), as_tuple=True)
     slots = positions[rows, tokens]
     views = _planes(cache, fmt)
@@ -243,8 +244,8 @@ def last_tokens(seq_lens: torch.Tensor, batch: int, q_len: int) -> torch.Tensor:
 
 def _visible_range(visible: torch.Tensor) -> slice:
     """The slots between the first and the last that anything sees."""
-    columns = visible.flatten(0, -2).any(0).nonzero()
-    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+    columns = visible.flatten(0, -2).any(0).nonzero().flatten().tolist() or [-1]
+    return slice(max(columns[0], 0), columns[-1] + 1)
 
 
 def poison_overfull(x: torch.Tensor, seq_lens: torch.Tensor, max_len: int) -> torch.Tensor:
@@ -267,7 +268,7 @@ def dequantize(
     filled = min(int(seq_lens.max()), max_len)
     outputs = []
     for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled):
-        padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, max_len - filled))
+        padded = F.pad(x.to(dtype), (0, 0, 0, max_len - filled))
         outputs.append(poison_overfull(padded, seq_lens, max_len))
     return outputs[0], outputs[1]
 
@@ -290,9 +291,7 @@ def decode(
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
-    end = _visible_range(visible).stop  # read no slot that nothing sees
-    if end == 0:
-        return poison_overfull(q.new_zeros((*q.shape[:-1], fmt.v_head_dim)), seq_lens, max_len)
+    end = _visible_range(visible).stop or 1  # read no slot that nothing sees
     k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end)
     bias = None if bias is None else bias[..., :end]
     out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
@@ -314,14 +313,11 @@ def attend(
     seen = _visible_range(visible)
     if seen.stop == 0:
         return q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    visible = visible[..., seen]
-    k, v = k[:, :, seen], v[:, :, seen]
+    visible, k, v = visible[..., seen], k[:, :, seen], v[:, :, seen]
+    bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
     if sinks is None:
-        mask = visible if bias is None else bias[..., seen].masked_fill(~visible, float("-inf")).to(q.dtype)
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-    bias = None if bias is None else bias[..., seen]
+        mask = visible if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
 
 

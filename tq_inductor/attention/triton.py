@@ -1,4 +1,4 @@
-"""Attention backend `triton`: our own kernel over 16-bit keys and values, read only where visible (`attend`).
+"""Attention backend `triton`: our kernel over 16-bit keys and values, read only where visible (`attend`).
 
 On a CPU the same op cuts keys and values to what is visible before it calls PyTorch.
 """
@@ -17,7 +17,9 @@ def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why this call cannot or should not run on our kernel; empty if it can."""
     reasons = list(call.obstacles)
     if not call.bounded:
-        reasons.append(f"every key is visible to some query (mask: {call.visible}): nothing to leave unread")
+        reasons.append(
+            f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
+        )
     if call.mask != "none" and call.is_causal:
         reasons.append("attn_mask together with is_causal=True")
     if call.dropout:
