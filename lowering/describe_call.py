@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attention.call import MAX_DECODE_QUERIES, AttentionCall
 from .find_calls import SDPANode, static_size, value_of
-from .kv_source import PackedSource, origin_of
+from .kv_source import COMPUTED_HERE, PackedSource, origin_of
 from .mask_form import MaskForm, name_of, static_end
 from .visibility import Visibility
 from .writes import Writes
@@ -33,6 +33,7 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
     sdpa, form, source = found.sdpa, found.form, found.source
     q, k, v, out = (value_of(n) for n in (sdpa.query, found.key, found.value, sdpa.node))
     mask = value_of(sdpa.attn_mask)
+    kv_source = _source_name(found, writes)
     cuda = q.device.type == "cuda" and torch.version.cuda
     return AttentionCall(
         batch_size=static_size(q, -4),
@@ -52,7 +53,8 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         dropout=sdpa.dropout_p,
         needs_grad=any(x.requires_grad for x in (q, k, v)),
         kv_format=source.kv_format if source else None,
-        kv_source=_source_name(found, writes),
+        kv_source=kv_source,
+        cached=kv_source != COMPUTED_HERE,
         obstacles=tuple(_obstacles(found)),
         packed_obstacles=tuple(_packed_obstacles(found)),
     )

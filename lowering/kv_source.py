@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from .. import ops  # noqa: F401  (defines torch.ops.tq_inductor)
 from .find_calls import SDPANode, value_of
 from .writes import Writes, storages
 
 OPS = torch.ops.tq_inductor
+COMPUTED_HERE = "computed here"
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ def origin_of(key: fx.Node, sdpa: SDPANode, writes: Writes) -> str:
                 first = first.args[0]  # type: ignore[assignment]
             if first.op in ("placeholder", "get_attr"):
                 return "a dynamic cache"
-        return "computed here"
+        return COMPUTED_HERE
     if base.op not in ("placeholder", "get_attr"):
-        return "computed here"
+        return COMPUTED_HERE
     writers = writes.between(base, sdpa.node, base)
     if not writers:
         return "an input of the graph"

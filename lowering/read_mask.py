@@ -198,7 +198,8 @@ class MaskReader:
         if not isinstance(source, fx.Node) or not isinstance(value_of(source), torch.Tensor):
             raise NotReadable
         items = list(index) if isinstance(index, tuple) else [index]
-        if any(isinstance(value_of(i), torch.Tensor) for i in items):
+        tensors = [i for i in items if isinstance(value_of(i), torch.Tensor)]
+        if len(tensors) > 1:
             return self._gathered(source, items, node, at)
         taken = sum(i is not None and i is not Ellipsis for i in items)
         if Ellipsis not in items:
@@ -217,18 +218,31 @@ class MaskReader:
                 if not isinstance(start, int) or start < 0:
                     raise NotReadable
                 inner.append(ix.add(rest.pop(0), Constant(start)))
+            elif item in tensors and is_integer(item):
+                dims = value_of(item).dim()
+                size = value_of(source).shape[len(inner)]
+                inner.append(_wrapped(self.broadcast(item, tuple(rest[:dims]), node), size))
+                rest = rest[dims:]
             else:
                 raise NotReadable
         return self.read(source, tuple(inner), node)
 
     def _gathered(self, source: fx.Node, items: list[Any], node: fx.Node, at: tuple[Expr, ...]) -> Expr:
-        """`table[i, j]` with an integer for every dimension, none negative."""
+        """`table[i, j]` with an integer for every dimension."""
         if len(items) != value_of(source).dim() or not all(is_integer(i) for i in items):
             raise NotReadable
-        inner = tuple(self.broadcast(i, at, node) for i in items)
-        if not all(_never_negative(x) for x in inner):
-            raise NotReadable
-        return self.read(source, inner, node)
+        indices = [self.broadcast(i, at, node) for i in items]
+        sizes = value_of(source).shape
+        return self.read(source, tuple(map(_wrapped, indices, sizes)), node)
+
+
+def _wrapped(index: Expr, size: Any) -> Expr:
+    """An index into a dimension of `size`, a negative one counted from the end."""
+    if _never_negative(index):
+        return index
+    if not isinstance(size, int):
+        raise NotReadable
+    return ix.where(ix.at_most(ZERO, index), index, ix.add(index, Constant(size)))
 
 
 def _never_negative(x: Expr) -> bool:

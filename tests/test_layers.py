@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "corpus": [],
     "format": ["errors"],
     "reference": ["codebook", "format"],
+    "kernels.decode": ["kernels.*", "codebook", "format"],
     "kernels.*": ["kernels.bits", "codebook", "format"],
     "ops": ["format"],
     "storage": ["errors", "format", "ops", "rotation"],

@@ -301,6 +301,14 @@ class RandomMask:
             rows = self.call("view", self.call(torch.arange, B), B, 1, 1, 1)
             index = self.call(operator.add, self.k, shift)
             return self.call(operator.getitem, self.nodes["padding"], (rows, index))
+        if self.q_len < 9 and self.rng.random() < 0.3:  # rows of a causal table, some from its end
+            table = self.call("tril", self.call(torch.ones, 9, self.kv_len, dtype=torch.bool))
+            rows = self.call(torch.arange, self.q_len)
+            if self.rng.random() < 0.5:
+                rows = self.call("clamp", self.call(operator.add, rows, self.nodes["offset"]), max=8)
+            else:
+                rows = self.call(operator.sub, rows, self.rng.randrange(self.q_len, 9))
+            return self.call(operator.getitem, table, (None, None, rows))
         part = (slice(None), None, None, slice(shift, shift + self.kv_len))
         return self.call(operator.getitem, self.nodes["padding"], part)
 

@@ -38,6 +38,35 @@ def test_opcheck(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_opcheck_attend(device, sinks):
+    q, k, v = (torch.randn(2, heads, n, 16, device=device) for heads, n in ((4, 3), (2, 20), (2, 20)))
+    bounds = torch.tensor([[[0, 5], [0, 6], [2, 7]]] * 2, dtype=torch.int32, device=device)
+    mask = torch.rand(2, 1, 1, 20, device=device) < 0.7
+    sink = torch.randn(4, device=device) if sinks else None
+    opcheck(ops.attend.default, (q, k, v, mask, bounds, sink, 0.25, "triton"))
+    opcheck(
+        ops.attend.default,
+        (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, None, None, sink, 0.25, "triton"),
+    )
+
+
+def test_attend_reads_only_what_is_visible():
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, 3), (2, 20), (2, 20)))
+    bounds = torch.tensor([[[2, 5], [3, 9], [0, 0]], [[4, 4], [2, 3], [8, 9]]], dtype=torch.int32)
+    slot = torch.arange(20)
+    visible = (bounds[:, None, :, :1] <= slot) & (slot < bounds[:, None, :, 1:])
+    for sinks in (None, torch.randn(4)):
+        expected = attention(q.double(), k.double(), v.double(), visible, 0.25, None, sinks)
+        dirty = [x.clone() for x in (k, v)]
+        for x in dirty:
+            x[:, :, :2], x[:, :, 9:] = float("nan"), float("nan")
+        out = ops.attend(q, *dirty, None, bounds, sinks, 0.25, "triton")
+        assert torch.allclose(out.double(), expected, atol=1e-5)
+        assert out[0, :, 2].abs().max() == 0  # sees nothing
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_varlen(device):
     cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(7, heads, 16, device=device) for heads in (4, 2, 2))

@@ -243,9 +243,9 @@ def last_tokens(seq_lens: torch.Tensor, batch: int, q_len: int) -> torch.Tensor:
 
 
 def _visible_range(visible: torch.Tensor) -> slice:
-    """The slots between the first and the last that anything sees."""
-    columns = visible.flatten(0, -2).any(0).nonzero().flatten().tolist() or [-1]
-    return slice(max(columns[0], 0), columns[-1] + 1)
+    """The slots between the first and the last that anything sees; one if nothing is seen."""
+    columns = visible.flatten(0, -2).any(0).nonzero().flatten().tolist() or [0]
+    return slice(columns[0], columns[-1] + 1)
 
 
 def poison_overfull(x: torch.Tensor, seq_lens: torch.Tensor, max_len: int) -> torch.Tensor:
@@ -291,7 +291,7 @@ def decode(
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
-    end = _visible_range(visible).stop or 1  # read no slot that nothing sees
+    end = _visible_range(visible).stop  # read no slot that nothing sees
     k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end)
     bias = None if bias is None else bias[..., :end]
     out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
@@ -311,13 +311,12 @@ def attend(
     """Attention of q `[B, H, q, D]` over the keys and values `[B, Hkv, L, D]` that something sees."""
     visible, bias = visible_keys(attn_mask, bounds, k.shape[2])
     seen = _visible_range(visible)
-    if seen.stop == 0:
-        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
     visible, k, v = visible[..., seen], k[:, :, seen], v[:, :, seen]
     bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
     if sinks is None:
         mask = visible if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(q, k, v, **options).contiguous()
     return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
 
 

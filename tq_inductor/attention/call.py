@@ -30,6 +30,7 @@ class AttentionCall:
         needs_grad: whether a backward may follow.
         kv_format: the format of the packed cache that k and v are read from; None if they are not.
         kv_source: where k and v come from, in words.
+        cached: whether k and v hold tokens of earlier steps; False if all is computed in this graph.
         obstacles: what in the graph stands against replacing the call by anything.
         packed_obstacles: what in the graph stands against reading the packed cache directly.
     """
@@ -52,14 +53,15 @@ class AttentionCall:
     needs_grad: bool = False
     kv_format: str | None = None
     kv_source: str = "computed here"
+    cached: bool = True
     obstacles: tuple[str, ...] = ()
     packed_obstacles: tuple[str, ...] = ()
 
     @property
     def phase(self) -> str:
-        """ "decode": a few queries over more keys than that; else "prefill"."""
+        """ "decode": a few queries over more keys than that, of earlier steps; else "prefill"."""
         few = self.q_len is not None and self.q_len <= MAX_DECODE_QUERIES
-        return "decode" if few and self.kv_len != self.q_len else "prefill"
+        return "decode" if few and self.cached and self.kv_len != self.q_len else "prefill"
 
     def describe(self) -> str:
         """Shapes and dtype in one line."""
