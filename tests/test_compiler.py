@@ -1,5 +1,6 @@
 """The compiler: entry point, options, the rewritten graph, refusals, reports."""
 
+import functools
 import json
 import logging
 import subprocess
@@ -317,6 +318,21 @@ def test_explain_tells_modules_lines_and_reasons():
     assert "2 of 3 attention calls rewritten" in text
     assert "not turboquant: keys and values are not read from a packed cache" in text
     assert len(json.loads(report.to_json())) == 3
+
+
+def test_explain_takes_functions_methods_and_what_was_compiled():
+    class Model(torch.nn.Module):
+        @functools.wraps(torch.nn.Module.forward)
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    model, q = Model(), new_tokens()
+    compiled = Model()
+    compiled.compile(backend="turboquant")
+    with torch.no_grad():
+        compiled(q)
+        for f in (model, model.forward, torch.compile(model), torch.compile(model.forward), compiled):
+            assert len(explain(f, q).rows) == 1
 
 
 def test_report_reaches_counters_and_log(caplog):

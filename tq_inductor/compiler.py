@@ -7,7 +7,6 @@ the graph as constant arguments and op names, and so in the key of every compile
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,5 +86,6 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     if isinstance(model, nn.Module):
         model = getattr(model, "_orig_mod", model)  # not through an earlier compilation
         model = model._call_impl  # type: ignore[union-attr]
-    torch.compile(inspect.unwrap(model), backend=collect)(*args, **kwargs)
+    model = getattr(model, "_torchdynamo_orig_callable", model)
+    torch.compile(model, backend=collect)(*args, **kwargs)
     return report
