@@ -23,6 +23,8 @@ from .writes import Writes, storages
 
 OPS = torch.ops.tq_inductor
 COMPUTED_HERE = "computed here"
+COMPUTED_FROM_CACHE = "computed here from a cache of something else (latents)"
+MAX_STEPS_TO_CACHE = 12
 
 
 @dataclass(frozen=True)
@@ -111,34 +113,48 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
 def origin_of(key: fx.Node, sdpa: SDPANode, writes: Writes) -> str:
     """Where the keys of a call come from, in words."""
     base = key
-    while base.op in ("call_function", "call_method") and _is_view(base):
+    while _is_view(base):
         base = base.args[0]  # type: ignore[assignment]
-    name = getattr(base.target, "__name__", base.target)
-    if name in ("cat", "concat", "concatenate"):
-        parts = base.args[0] if base.args else ()
-        if parts and isinstance(parts, tuple | list) and isinstance(parts[0], fx.Node):
-            first = parts[0]
-            while _is_view(first):
-                first = first.args[0]  # type: ignore[assignment]
-            if first.op in ("placeholder", "get_attr"):
-                return "a dynamic cache"
-        return COMPUTED_HERE
-    if base.op not in ("placeholder", "get_attr"):
-        return COMPUTED_HERE
-    writers = writes.between(base, sdpa.node, base)
-    if not writers:
-        return "an input of the graph"
-    rolls = any(node.target == "copy_" for node in writers)
-    kind = "a static sliding-window cache" if rolls else "a static cache"
-    return f"{kind}, max_len={value_of(base).shape[-2]}"
+    if base.op in ("placeholder", "get_attr"):
+        writers = writes.between(base, sdpa.node, base)
+        if not writers:
+            return "an input of the graph"
+        rolls = any(node.target == "copy_" for node in writers)
+        kind = "a static sliding-window cache" if rolls else "a static cache"
+        return f"{kind}, max_len={value_of(base).shape[-2]}"
+    if _extends_an_input(base):
+        return "a dynamic cache"
+    return COMPUTED_FROM_CACHE if _uses_cache(base, sdpa, writes) else COMPUTED_HERE
+
+
+def _extends_an_input(node: fx.Node) -> bool:
+    """Whether a node puts new tokens behind those of an input, `cat((old, new))`."""
+    if getattr(node.target, "__name__", "") not in ("cat", "concat", "concatenate"):
+        return False
+    parts = node.args[0] if node.args else ()
+    first = parts[0] if isinstance(parts, tuple | list) and parts else None
+    while isinstance(first, fx.Node) and _is_view(first):
+        first = first.args[0]  # type: ignore[assignment]
+    return isinstance(first, fx.Node) and first.op in ("placeholder", "get_attr")
+
+
+def _uses_cache(node: fx.Node, sdpa: SDPANode, writes: Writes) -> bool:
+    """Whether keys are computed, within a few steps, from inputs that this graph appends to (MLA)."""
+    level, seen = [node], {node}
+    for _ in range(MAX_STEPS_TO_CACHE):
+        level = [x for n in level for x in n.all_input_nodes if x not in seen]
+        seen.update(level)
+        for x in level:
+            if x.op in ("placeholder", "get_attr") and writes.between(x, sdpa.node, x):
+                return True
+            if _extends_an_input(x):
+                return True
+    return False
 
 
 def _is_view(node: fx.Node) -> bool:
     """Whether a node shows the memory of its first argument."""
-    if (
-        node.op not in ("call_function", "call_method")
-        or not node.args
-        or not isinstance(node.args[0], fx.Node)
-    ):
+    if node.op not in ("call_function", "call_method") or not node.args:
         return False
-    return bool(storages(node)) and storages(node) == storages(node.args[0])
+    source = node.args[0]
+    return isinstance(source, fx.Node) and bool(storages(node)) and storages(node) == storages(source)
