@@ -114,8 +114,11 @@ def scaled(x: Expr, factor: int) -> Expr:
 def at_most(a: Expr, b: Expr) -> Expr:
     """`a <= b` of integers, as `0 <= sum`."""
     gap = sum_of(linear(b), linear(a).times(-1))
-    if not gap.terms:
-        return Constant(gap.constant >= 0)
+    indices = all(isinstance(term, Index) for term in gap.terms)  # none is negative
+    if indices and gap.constant >= 0 and all(c > 0 for c in gap.terms.values()):
+        return TRUE
+    if indices and gap.constant < 0 and all(c < 0 for c in gap.terms.values()):
+        return FALSE
     return Apply("le", (Constant(0), gap.expr()))
 
 

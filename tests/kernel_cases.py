@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from tq_inductor.kernels.bits import fp8_byte
 from tq_inductor.kernels.decode import attend, decode
+from tq_inductor.kernels.decode_warp import warp_split
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.varlen import varlen_attention
@@ -44,6 +45,8 @@ class Case:
 
     mask: none, bool, left (left padding, past the length too), float, row (an almost empty one).
     bounds: none, window (past the end too; one query sees nothing), row (the same for all queries).
+    keys: random, huge (one key of large scores), equal (one key at all places), heavy (norms of keys
+        and values over some orders of magnitude).
     """
 
     fmt: str = "k4v4"
@@ -58,6 +61,7 @@ class Case:
     dtype: torch.dtype = BF16
     bounds: str = "none"
     sinks: bool = False
+    keys: str = "random"
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -67,6 +71,7 @@ class Case:
             f"-{self.mask}-{str(self.dtype)[6:]}"
             + (f"-{self.bounds}" if self.bounds != "none" else "")
             + ("-sinks" if self.sinks else "")
+            + (f"-{self.keys}" if self.keys != "random" else "")
         )
 
     @property
@@ -146,6 +151,28 @@ DECODE_GPU = [
     Case("bf16", 128, q_len=2, dtype=FP16),
     Case("bf16", 100, 36, q_len=2),
     Case("k4v4", 128, heads=32, kv_heads=8, lens=(70000, 3), max_len=70001),
+    # Few rows and no mask: `decode_warp`.
+    *(
+        Case(name, 128, heads=8, lens=(3000, 129, 1), max_len=3008, keys=keys, dtype=dtype)
+        for name in ("k4v4", "k8v8", "k2v2")
+        for keys, dtype in (("huge", BF16), ("equal", FP16), ("heavy", BF16))
+    ),
+    *(
+        Case(name, dim, v_dim, 8, 2, q, lens=(700, 129, 1), max_len=720, bounds=b, sinks=b == "row")
+        for name, dim, v_dim, q, b in (
+            ("k4v4", 64, 128, 1, "none"),
+            ("k8v8", 128, 256, 2, "window"),
+            ("k2v2", 64, 64, 4, "window"),
+            ("k8v4", 256, 64, 3, "row"),
+            ("k4v8", 64, 64, 8, "none"),
+            ("k4v2", 128, 128, 16, "none"),
+            ("k8v8", 256, 256, 5, "window"),
+            ("k2v8", 64, 64, 1, "row"),
+            ("k8v2", 128, 128, 9, "window"),
+            ("k4v4", 256, 256, 1, "none"),
+        )
+    ),
+    Case("k2v2", 256, heads=14, lens=(300, 400), max_len=310),  # the second row is overfull
     *(
         Case(name, 128, heads=14, q_len=4, lens=(900, 60), max_len=1000, mask=mask, bounds=b, sinks=True)
         for name in ("k4v4", "k8v4", "k2v2", "bf16")
@@ -246,6 +273,13 @@ def filled_cache(case: Case, device: str) -> torch.Tensor:
     cache = garbage_cache(case, "cpu")
     k = torch.randn(case.batch, case.kv_heads, tokens, fmt.head_dim)
     v = torch.randn(case.batch, case.kv_heads, tokens, fmt.v_head_dim) * torch.rand(tokens, 1) * 3
+    if case.keys == "huge":
+        k[:, :, tokens // 2] *= 30
+    elif case.keys == "equal":
+        k[:] = k[:, :, :1]
+    elif case.keys == "heavy":
+        k *= torch.randn(case.batch, case.kv_heads, tokens, 1).exp()
+        v *= (2 * torch.randn(case.batch, case.kv_heads, tokens, 1)).exp()
     reference.store(cache, k, v, lengths(case, "cpu"), *rotations(case, "cpu"), fmt)
     return cache.to(device)
 
@@ -532,6 +566,11 @@ def record_launches() -> list[tuple]:
             mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
             for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
                 decode(q, cache, lens, *rotations(case, "cpu"), attn_mask, None, None, fmt, 4096, 0.1)
+        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1)):
+            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096)
+            cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
+            queries, rotation = torch.zeros(2, 8, q_len, dim, dtype=BF16), rotations(case, "cpu")[0]
+            warp_split(queries, cache, lens, rotation, None, case.format, 4096, 0.1, 132)
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -545,10 +584,11 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     """Compile one recorded launch, specialised as a launch would be; its shared memory in bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     types = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8"}
     types |= {torch.int32: "i32", torch.int64: "i64"}
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
     signature, constants, attributes = {}, {}, {}
@@ -563,7 +603,8 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make_source(kernel, signature, constants, attributes)
     warp = 64 if target[0] == "hip" else 32
     return triton.compile(source, target=GPUTarget(*target, warp), options=options).metadata.shared
 
@@ -572,11 +613,13 @@ def compile_all() -> int:
     """Compile every kernel for every target; the number of failures."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        variant = [str(kwargs[name]) for name in ("K_BITS", "MASK", "ROTATE") if name in kwargs]
+        variant = [str(kwargs[name]) for name in ("K_BITS", "MASK", "ROTATION") if name in kwargs]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target, limit in TARGETS.items():
         for name, launch in launches.items():
+            if launch[0].is_gluon() and not (target[0] == "cuda" and target[1] >= 89):
+                continue  # has no conversion of fp8
             started = time.perf_counter()
             try:
                 shared = compile_launch(*launch, target)
