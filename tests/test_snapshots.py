@@ -197,5 +197,9 @@ def test_whisper_decoder():
     step = snapshot(model.decoder, IDS[:, 4:5], encoder_hidden_states=encoded[0], past_key_values=cache)
     assert_expected_inline(
         step,
-        """""",
+        """\
+index_copy_(f32[2, 4, 24, 16], 2, i64[1], f32[2, 4, 1, 16])
+index_copy_(f32[2, 4, 24, 16], 2, i64[1], f32[2, 4, 1, 16])
+attend(f32[2, 4, 1, 16], f32[2, 4, 24, 16], f32[2, 4, 24, 16], None, i32[2, 1, 2], None, 1.0, triton)
+scaled_dot_product_attention(f32[2, 4, 1, 16], f32[2, 4, 16, 16], f32[2, 4, 16, 16], scale=1.0)""",
     )
