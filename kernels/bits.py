@@ -109,3 +109,19 @@ def encode(y, to_grid, BITS: tl.constexpr, MAGNITUDES: tl.constexpr):
             centroid += tl.where(above, MAGNITUDES[i] - MAGNITUDES[i - 1], 0.0)
         centroid = tl.where(y < 0, -centroid, centroid)
     return code, centroid
+
+
+@triton.jit
+def hadamard(x):
+    """x [rows, D] @ the Hadamard matrix of D, a power of two: sums and differences of neighbours.
+
+    Each step puts the sums in the first half and the differences in the second, so that after log2 D
+    steps every bit of the index has been the last one, and is back in its place.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    DIM: tl.constexpr = x.shape[1]
+    for i in tl.static_range(16):
+        if 1 << i < DIM:
+            a, b = tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [ROWS, DIM])
+    return x

@@ -8,8 +8,9 @@ Three launches (two for a lossless format):
    tokens) of its block, with two tensor-core dots a tile, and writes a normalised partial output and
    the base-2 logarithm of its sum of weights. Runs divide what is visible (`bounds`, else the
    device's length), so a cache filled to a fraction f costs f; the grid depends on static sizes only.
-3. `decode_reduce_kernel`: one program per query row adds the partials up in a fixed order and
-   rotates the sum back.
+3. `decode_reduce`: the partials of a query row are added up and rotated back.
+
+On a GPU that can, `decode_warp` takes the place of the first two for few rows without a mask.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.
@@ -26,9 +27,10 @@ from .bits import (
     TINY,
     load_centroids,
     magnitude_words,
-    nan_if_overfull,
     operand_dtype,
 )
+from .decode_reduce import reduce_splits
+from .decode_warp import can_convert_fp8, fits, warp_split
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 CPU_SMS = 2  # in the interpreter
@@ -244,8 +246,8 @@ def decode_split_kernel(
             if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
                 acc, total, peak = attend_tile(
                     acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr,
-                    k_stride_n, v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias,
-                    K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N,
+                    k_stride_n, v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible,
+                    bias, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N,
                     BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
@@ -254,58 +256,6 @@ def decode_split_kernel(
     mask = valid[:, None] & (dims < V_DIM)[None, :]
     tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
     tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
-
-
-@triton.jit
-def decode_reduce_kernel(
-    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lens_stride, heads, splits,
-    q_len, max_len, ROTATE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
-    group_row = row // HEADS
-    kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
-    batch_head = kv_row * HEADS + row % HEADS
-    dims = tl.arange(0, BLOCK_D)
-    sink = float("-inf")
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
-    peak = sink
-    for start in range(0, splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
-        peak = tl.maximum(peak, tl.max(log, axis=0))
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-
-    out = tl.zeros([BLOCK_D], tl.float32)
-    total = 0.0
-    if HAS_SINKS:
-        total += tl.exp2(sink - peak)
-    for start in range(0, splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
-        weight = tl.exp2(log - peak)
-        mask = (log != float("-inf"))[:, None] & (dims < V_DIM)[None, :]
-        partial_ptrs = partial_ptr + (row * splits + split)[:, None] * V_DIM + dims[None, :]
-        partial = tl.load(partial_ptrs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
-        out += tl.sum(partial * weight[:, None], axis=0)
-        total += tl.sum(weight, axis=0)
-    out /= tl.where(total == 0.0, 1.0, total)
-    if HAS_LENS:
-        out += nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
-
-    out_ptr += (batch_head * q_len + token) * V_DIM
-    if ROTATE:
-        for start in range(0, V_DIM, BLOCK_OUT):
-            columns = start + tl.arange(0, BLOCK_OUT)
-            mask = (columns < V_DIM)[:, None] & (dims < V_DIM)[None, :]
-            rotation_ptrs = rotation_ptr + columns[:, None] * V_DIM + dims[None, :]
-            rotation = tl.load(rotation_ptrs, mask=mask, other=0.0)  # [BLOCK_OUT, BLOCK_D]
-            rotated = tl.sum(rotation * out[None, :], axis=1)
-            tl.store(out_ptr + columns, rotated.to(out_ptr.dtype.element_ty), mask=columns < V_DIM)
-    else:
-        tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
 
 
 def sm_count(device: torch.device) -> int:
@@ -346,9 +296,19 @@ def decode(
 
     The arguments are those of `reference.decode`.
     """
+    out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
+    if out.numel() == 0:
+        return out
+    group = q.shape[1] // cache.shape[1]
+    if attn_mask is None and fits(fmt, q.dtype, q.shape[2] * group) and can_convert_fp8(q.device):
+        with torch.cuda.device_of(q):
+            partial, logs = warp_split(
+                q, cache, seq_lens, k_rotation, bounds, fmt, max_len, scale, sm_count(q.device)
+            )
+            reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)
+        return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
-    out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     with torch.cuda.device_of(q):
         if fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
@@ -415,8 +375,8 @@ def _launch(
     wanted = CTAS_PER_SM * sm_count(q.device) // (programs * kv_heads * batch)
     splits = max(1, min(triton.cdiv(max_len, block_n), wanted))
 
-    partial = torch.empty((batch, heads * q_len, splits, dv), dtype=torch.float32, device=q.device)
-    logs = torch.empty((batch, heads * q_len, splits), dtype=torch.float32, device=q.device)
+    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     mask_kind, mask, mask_strides = NO_MASK.value, q, (0, 0, 0, 0)
     if attn_mask is not None:
         mask_kind = BOOL_MASK.value if attn_mask.dtype == torch.bool else FLOAT_MASK.value
@@ -439,12 +399,4 @@ def _launch(
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3,
     )  # fmt: skip
-    block_dims = triton.next_power_of_2(dv)
-    decode_reduce_kernel[(batch * heads * q_len,)](
-        partial, logs, q if seq_lens is None else seq_lens, q if sinks is None else sinks,
-        q if v_rotation is None else v_rotation, out, lens_stride, heads, splits, q_len, max_len,
-        ROTATE=v_rotation is not None, HAS_LENS=seq_lens is not None, HAS_SINKS=sinks is not None,
-        V_DIM=dv, HEADS=group, BLOCK_S=max(1, 4096 // block_dims), BLOCK_D=block_dims,
-        BLOCK_OUT=max(1, 4096 // block_dims),
-        num_warps=4,  # 32 values a thread
-    )  # fmt: skip
+    reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)

@@ -1,10 +1,11 @@
 """Append new keys and values to a packed cache: rotate, quantise, pack.
 
-A program takes 16 vectors (one new token of one KV head each) of keys or of values: grid (vectors /
-16, 2), one launch for both. It divides each vector by its largest magnitude, rotates it in float32,
-and holds the result as 8 octants of D / 8 coordinates, padded to a power of two. Every byte of a row
-collects whole codes of the same place in several octants (`format` has the table), so packing is a
-sum over octants for any D that is a multiple of 8. A byte belongs to one token: nothing is read back.
+A program takes a few vectors (one new token of one KV head each) of keys or of values: grid (vectors /
+a few, 2), one launch for both. It divides each vector by its largest magnitude, rotates it in float32 (by
+sums and differences if D is a power of two), and holds the result as 8 octants of D / 8 coordinates, padded
+to a power of two. Every byte of a row collects whole codes of the same place in several octants (`format`
+has the table), so packing is a sum over octants for any D that is a multiple of 8. A byte belongs to one
+token: nothing is read back.
 
 Bytes: reads the new vectors and the rotation (which stays in the cache of the GPU), writes packed
 rows and scales. A lossless format is a plain copy.
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import TINY, encode, quantiser
+from .bits import TINY, encode, hadamard, quantiser
 
 BLOCK_VECTORS = 16  # the least number of rows of a dot
+WARP_VECTORS = 4  # of at most 256 coordinates, without a dot: 32 coordinates a lane
 
 
 @triton.jit
@@ -68,17 +70,21 @@ def store_vectors(
     divisor = tl.maximum(largest, TINY)
 
     place = tl.arange(0, 8 * OCTANT) % OCTANT
-    columns = tl.arange(0, 8 * OCTANT) // OCTANT * EIGHTH + place
-    y = tl.zeros([VECTORS, 8 * OCTANT], tl.float32)
-    for start in range(0, DIM, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)
-        known = valid[:, None] & (rows < DIM)[None, :]
-        chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
-        chunk = tl.div_rn(chunk.to(tl.float32), divisor[:, None])  # [vectors, BLOCK_K]
-        inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
-        rotation_ptrs = rotation_ptr + rows[:, None] * DIM + columns[None, :]
-        rotation = tl.load(rotation_ptrs, mask=inside, other=0.0)
-        y = tl.dot(chunk, rotation, y, input_precision="ieee")
+    if DIM == 8 * OCTANT:  # a power of two: the rotation is its first column times the Hadamard matrix
+        signs = tl.load(rotation_ptr + dims * DIM)
+        y = hadamard(tl.div_rn(x.to(tl.float32), divisor[:, None]) * signs[None, :])
+    else:
+        columns = tl.arange(0, 8 * OCTANT) // OCTANT * EIGHTH + place
+        y = tl.zeros([VECTORS, 8 * OCTANT], tl.float32)
+        for start in range(0, DIM, BLOCK_K):
+            rows = start + tl.arange(0, BLOCK_K)
+            known = valid[:, None] & (rows < DIM)[None, :]
+            chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
+            chunk = tl.div_rn(chunk.to(tl.float32), divisor[:, None])  # [vectors, BLOCK_K]
+            inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
+            rotation_ptrs = rotation_ptr + rows[:, None] * DIM + columns[None, :]
+            rotation = tl.load(rotation_ptrs, mask=inside, other=0.0)
+            y = tl.dot(chunk, rotation, y, input_precision="ieee")
 
     rms = tl.maximum(tl.sqrt_rn(tl.sum(y * y, axis=1) / DIM), TINY)
     codes, centroids = encode(y, tl.div_rn(UNIT, rms)[:, None], BITS, MAGNITUDES)
@@ -184,10 +190,9 @@ def store(
         return
     lens_stride = seq_lens.expand(batch).stride(0)
     strides = (*cache.stride()[:2], *k.stride(), *v.stride(), lens_stride)
-    grid = (triton.cdiv(vectors, BLOCK_VECTORS), 2)
     with torch.cuda.device_of(cache):
         if fmt.is_lossless:
-            store_lossless_kernel[grid](
+            store_lossless_kernel[(triton.cdiv(vectors, BLOCK_VECTORS), 2)](
                 cache, k, v, seq_lens, *strides, v_rows.offset, vectors, kv_heads, new, page_size,
                 ROW_DTYPE=tl.bfloat16 if fmt.dtype == torch.bfloat16 else tl.float16,
                 K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS,
@@ -195,14 +200,18 @@ def store(
             return
         k_magnitudes, k_unit = quantiser(fmt.k_bits)
         v_magnitudes, v_unit = quantiser(fmt.v_bits)
-        wide = max(fmt.head_dim, fmt.v_head_dim) > 256
-        store_kernel[grid](
+        dims = (fmt.head_dim, fmt.v_head_dim)
+        wide = max(dims) > 256
+        by_warp = not wide and all(dim & dim - 1 == 0 for dim in dims)
+        block = WARP_VECTORS if by_warp else BLOCK_VECTORS
+        store_kernel[(triton.cdiv(vectors, block), 2)](
             cache, k, v, seq_lens, k_rotation, v_rotation, *strides,
             v_rows.offset, k_scales.offset, v_scales.offset, vectors, kv_heads, new, page_size,
             K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
             V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
-            V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=BLOCK_VECTORS,
+            V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=block,
             BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
-            num_warps=8 if wide else 4,  # 16 x 1024 coordinates are 64 registers of 256 threads
+            # 16 x 1024 coordinates are 64 registers of 256 threads.
+            num_warps=1 if by_warp else 8 if wide else 4,
             num_stages=1,
         )  # fmt: skip

@@ -1,0 +1,94 @@
+"""The last step of split-KV decoding: add the partial outputs of each query row, rotate the sum back."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .bits import hadamard, nan_if_overfull
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NONE, HADAMARD, MATRIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def decode_reduce_kernel(
+    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lens_stride, heads, splits,
+    q_len, max_len, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
+    group_row = row // HEADS
+    kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
+    batch_head = kv_row * HEADS + row % HEADS
+    dims = tl.arange(0, BLOCK_D)
+    sink = float("-inf")
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
+    peak = sink
+    for start in range(0, splits, BLOCK_L):
+        split = start + tl.arange(0, BLOCK_L)
+        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(log, axis=0))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+
+    out = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    if HAS_SINKS:
+        total += tl.exp2(sink - peak)
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
+        weight = tl.exp2(log - peak)
+        mask = (log != float("-inf"))[:, None] & (dims < V_DIM)[None, :]
+        partial_ptrs = partial_ptr + (row * splits + split)[:, None] * V_DIM + dims[None, :]
+        partial = tl.load(partial_ptrs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        out += tl.sum(partial * weight[:, None], axis=0)
+        total += tl.sum(weight, axis=0)
+    out /= tl.where(total == 0.0, 1.0, total)
+    if HAS_LENS:
+        out += nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
+
+    out_ptr += (batch_head * q_len + token) * V_DIM
+    if ROTATION == HADAMARD:  # the rotation is its first column times the Hadamard matrix
+        first = tl.load(rotation_ptr + dims * V_DIM)
+        rotated = tl.reshape(hadamard(out[None, :]), [BLOCK_D]) * first
+        tl.store(out_ptr + dims, rotated.to(out_ptr.dtype.element_ty))
+    elif ROTATION == MATRIX:
+        for start in range(0, V_DIM, BLOCK_OUT):
+            columns = start + tl.arange(0, BLOCK_OUT)
+            mask = (columns < V_DIM)[:, None] & (dims < V_DIM)[None, :]
+            rotation_ptrs = rotation_ptr + columns[:, None] * V_DIM + dims[None, :]
+            rotation = tl.load(rotation_ptrs, mask=mask, other=0.0)  # [BLOCK_OUT, BLOCK_D]
+            rotated = tl.sum(rotation * out[None, :], axis=1)
+            tl.store(out_ptr + columns, rotated.to(out_ptr.dtype.element_ty), mask=columns < V_DIM)
+    else:
+        tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
+
+
+def reduce_splits(
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    logs: torch.Tensor,
+    seq_lens: torch.Tensor | None,
+    v_rotation: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    group: int,
+    max_len: int,
+) -> None:
+    """Fill `out` `[B, H, q, Dv]` from partials `[B, Hkv, row, split, Dv]`; rows are token-major."""
+    batch, heads, q_len, dv = out.shape
+    splits = partial.shape[3]
+    lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
+    block_d = triton.next_power_of_2(dv)
+    rotation = NONE if v_rotation is None else HADAMARD if block_d == dv else MATRIX
+    padded = triton.next_power_of_2(splits)
+    num_warps = 8 if padded > 32 else 4
+    decode_reduce_kernel[(batch * heads * q_len,)](
+        partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks,
+        out if v_rotation is None else v_rotation, out, lens_stride, heads, splits, q_len, max_len,
+        ROTATION=rotation.value, HAS_LENS=seq_lens is not None, HAS_SINKS=sinks is not None,
+        V_DIM=dv, HEADS=group, BLOCK_L=min(1024, padded),
+        BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),  # 64 values a thread
+        BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d), num_warps=num_warps,
+    )  # fmt: skip
