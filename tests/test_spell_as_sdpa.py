@@ -9,12 +9,16 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops import scan, while_loop
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 from tq_inductor.lowering.beyond_sdpa import find_calls_beyond_sdpa
 from tq_inductor.lowering.rewrite import rewrite
 
 from tq_inductor import explain
+from tq_inductor.errors import NoAttentionBackendError
 
 AUTO = {"prefill": "auto", "decode": "auto"}
 INF, MIN = float("inf"), torch.finfo(torch.float32).min
@@ -753,3 +757,263 @@ def test_look_alikes_of_softcap():
 )
 def test_look_alikes_of_sinks(reason, fn):
     assert_left(reason, fn, *qkv(), torch.randn(4))
+
+
+GONE = ("multi_head_attention_forward",)
+
+
+def multi_head(**kwargs):
+    module = nn.MultiheadAttention(16, 2, **kwargs)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module.eval()
+
+
+def attended(module, **kwargs):
+    return lambda *qkv: module(*qkv, need_weights=False, **kwargs)[0]
+
+
+def tokens(*, batch=3, length=6, dim=16):
+    return torch.randn(length, batch, dim)
+
+
+PADDING = torch.zeros(3, 6, dtype=torch.bool)
+PADDING[0, 4:] = True
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_self_multi_head(batch_first, bias):
+    module = multi_head(batch_first=batch_first, bias=bias)
+    x = tokens()
+    targets = assert_rewritten(lambda x: attended(module)(x, x, x), x, gone=GONE)
+    assert targets.count("linear") == 2
+    assert_rewritten(lambda x: attended(module)(x, x, x), x, gone=GONE, dynamic=True)
+
+
+def test_cross_attention_with_other_sizes():
+    memory = tokens(length=9)
+    assert_rewritten(attended(multi_head()), tokens(), memory, memory, gone=GONE)
+    module = multi_head(kdim=6, vdim=7)
+    assert_rewritten(
+        attended(module), tokens(), tokens(length=9, dim=6), tokens(length=9, dim=7), gone=GONE
+    )
+
+
+FLOAT_MASK = torch.randn(6, 6)
+MASKS = {
+    "float": {"attn_mask": FLOAT_MASK},
+    "bool": {"attn_mask": ~causal()},
+    "per head": {"attn_mask": torch.randn(6, 6, 6)},
+    "padding": {"key_padding_mask": PADDING},
+    "float padding": {"key_padding_mask": torch.where(PADDING, -INF, 0.0)},
+    "both": {"attn_mask": ~causal(), "key_padding_mask": PADDING},
+    "mixed": {"attn_mask": FLOAT_MASK, "key_padding_mask": torch.where(PADDING, -INF, 0.0)},
+    "causal": {"attn_mask": ~causal(), "is_causal": True},
+    "causal, padding": {"attn_mask": ~causal(), "is_causal": True, "key_padding_mask": PADDING},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_multi_head_masks(name):
+    module, x = multi_head(), tokens()
+    assert_rewritten(attended(module, **MASKS[name]), x, x.clone(), x.clone(), gone=GONE)
+    # The weights are asked for, but not used.
+    assert_rewritten(lambda x: module(x, x, x, **MASKS[name])[0], x, gone=GONE)
+
+
+def test_bool_masks_of_the_function():
+    module, x = multi_head(), tokens()
+
+    def f(x, mask):
+        return F.multi_head_attention_forward(
+            x, x, x, 16, 2, module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0,
+            module.out_proj.weight, module.out_proj.bias, False, PADDING, False, mask,
+        )[0]  # fmt: skip
+
+    assert_rewritten(f, x, ~causal(), gone=GONE)
+
+
+def test_causal_is_told_as_such():
+    module, x = multi_head(), tokens()
+    _, rows, _ = compiled(attended(module, **MASKS["causal"]), x, x, x)
+    assert [row.mask for row in rows] == ["causal"]
+
+
+def test_fully_masked_rows_when_weights_are_asked_for():
+    module, x = multi_head(), tokens()
+    mask = ~causal()
+    mask[2] = True
+    with torch.no_grad():
+        assert module(x, x, x, attn_mask=mask)[0].isnan().any()
+    assert_rewritten(lambda x: module(x, x, x, attn_mask=mask)[0], x, gone=GONE)
+    assert_rewritten(attended(module, attn_mask=mask), x, x, x, gone=GONE)
+
+
+def test_training_draws_the_same_random_numbers():
+    module, x = multi_head(dropout=0.5).train(), tokens()
+    torch.manual_seed(0)
+    _, rows, result = compiled(attended(module), x, x, x, grad=True)
+    assert [row.backend for row in rows] == ["sdpa"]
+    torch.manual_seed(0)
+    expected = attended(module)(x, x, x)
+    torch.testing.assert_close(result, expected)
+    weight = module.in_proj_weight
+    ours, eager = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (result, expected))
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_decoder_layer():
+    layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True).eval()
+    x, memory = torch.randn(3, 6, 16), torch.randn(3, 9, 16)
+    _, rows, result = compiled(lambda x: layer(x, memory, tgt_mask=~causal(), tgt_is_causal=True), x)
+    assert [row.backend for row in rows] == ["sdpa", "sdpa"]
+    assert [row.module for row in rows] == ["self_attn", "multihead_attn"]
+    torch.testing.assert_close(result, layer(x, memory, tgt_mask=~causal()), rtol=1e-4, atol=1e-5)
+
+
+def both(module):
+    return lambda x: sum(y.sum() for y in module(x, x, x))
+
+
+def without_weights(x, module):
+    return attended(module)(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("reason", "fn", "module"),
+    [
+        (
+            "need_weights=True, and the attention weights are used",
+            lambda x, module: sum(y.sum() for y in module(x, x, x)),
+            multi_head(),
+        ),
+        (
+            "need_weights=True with dropout p=0.5 while training",
+            lambda x, module: module(x, x, x)[0],
+            multi_head(dropout=0.5).train(),
+        ),
+        ("bias_k is given", without_weights, multi_head(add_bias_kv=True)),
+        ("add_zero_attn=True", without_weights, multi_head(add_zero_attn=True)),
+        (
+            "query has no batch dimension",
+            lambda x, module: without_weights(x[:, 0], module),
+            multi_head(),
+        ),
+    ],
+)
+def test_multi_head_attention_left(reason, fn, module):
+    assert_left(f"multi_head_attention_forward: {reason}", lambda x: fn(x, module), tokens())
+
+
+@torch.library.custom_op("flash_attn_test::_flash_attn_forward", mutates_args=())
+def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).clone()
+
+
+@flash_attn.register_fake
+def _(q, k, v):
+    return torch.empty_like(q)
+
+
+def test_functions_that_bypass_sdpa_are_told():
+    def bypass(q, k, v):
+        aten = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+        return aten + flash_attn(q, k, v) + flex_attention(q, k, v)
+
+    _, rows, _ = compiled(bypass, *qkv(2, 4, 6, 8))
+    assert [(row.backend, row.rewritten, row.shapes) for row in rows] == [
+        ("none", False, "q=[2, 4, 6, 8] kv=[2, 4, 6, 8] float32 cpu"),
+        ("none", False, "q=[2, 6, 4, 8] kv=[2, 6, 4, 8] float32 cpu"),
+        ("none", False, "q=[2, 4, 6, 8] kv=[2, 4, 6, 8] float32 cpu"),
+    ]
+    assert [row.not_chosen["sdpa"][0].split()[0] for row in rows] == [
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+        "flash_attn_test._flash_attn_forward",
+        "flex_attention",
+    ]
+
+
+def test_variable_lengths_are_told():
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = []
+
+    def backend(gm, example_inputs):
+        rows.extend(rewrite(gm, AUTO).rows)
+        return lambda *args: (example_inputs[0],)
+
+    ends = torch.tensor([0, 5, 10], dtype=torch.int32)
+    x = torch.randn(10, 2, 8, dtype=torch.bfloat16)
+    torch.compile(varlen_attn, backend=backend)(x, x, x, ends, ends, 5, 5)
+    (row,) = rows
+    assert row.not_chosen["sdpa"] == ["torch_attn._varlen_attn bypasses scaled_dot_product_attention"]
+    assert row.shapes == "q=[?, ?, ?, ?] kv=[?, ?, ?, ?] bfloat16 cpu"
+
+
+def encoder_layer(**kwargs):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **kwargs).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def fused(layer, mask=None, mask_type=None):
+    """What the layer calls in eval mode; whether Dynamo sees it there depends on the version."""
+    attention = layer.self_attn
+    return lambda x: torch._transformer_encoder_layer_fwd(
+        x, 16, 2, attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight,
+        attention.out_proj.bias, layer.activation_relu_or_gelu == 2, layer.norm_first, layer.norm1.eps,
+        layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias,
+        layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
+        mask, mask_type,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_fused_encoder_layer(norm_first, activation):
+    layer, x = encoder_layer(norm_first=norm_first, activation=activation), torch.randn(3, 6, 16)
+    with torch.no_grad():
+        assert_rewritten(fused(layer), x, gone=["_transformer_encoder_layer_fwd"])
+        _, rows, result = compiled(layer, x)
+        assert [row.backend for row in rows] == ["sdpa"]
+        torch.testing.assert_close(result, layer(x), rtol=1e-4, atol=1e-4)
+        reason = "_transformer_encoder_layer_fwd: a mask whose kind the fused layer works out itself"
+        assert_left(reason, fused(layer, ~causal(), 0), x)
+
+
+def test_strict_counts_what_bypasses():
+    with pytest.raises(NoAttentionBackendError, match="_flash_attn_forward bypasses"):
+        torch.compile(flash_attn, backend="turboquant", options={"strict": True})(*qkv())
+
+
+def test_the_op_itself_is_sdpa():
+    assert_rewritten(lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v), *qkv())
+
+
+def sdpa_and_hand_written(q, k, v):
+    return F.scaled_dot_product_attention(plain(q, k, v), k, v)
+
+
+def test_every_sub_graph_is_read():
+    def branches(q, k, v):
+        return torch.cond(q.sum() > 0, sdpa_and_hand_written, plain, (q, k, v))
+
+    def loop(q, k, v):
+        start = torch.tensor(0)
+        return while_loop(lambda i, q: i < 3, lambda i, q: (i + 1, plain(q, k, v)), (start, q))[1]
+
+    def scanned(q, k, v):
+        return scan(lambda c, x: (c + 1, plain(x, x, x)), torch.zeros(1), q)[1]
+
+    def checkpointed(q, k, v):
+        return checkpoint(sdpa_and_hand_written, q, k, v, use_reentrant=False)
+
+    args = qkv()
+    for fn, calls in ((branches, 3), (loop, 1), (scanned, 1), (checkpointed, 2)):
+        targets, rows, result = compiled(fn, *args)
+        assert [row.backend for row in rows] == ["sdpa"] * calls, fn
+        assert targets.count("scaled_dot_product_attention") == calls
+        torch.testing.assert_close(result, fn(*args), rtol=1e-4, atol=1e-5)
