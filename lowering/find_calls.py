@@ -19,7 +19,13 @@ DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": No
 
 @dataclass(frozen=True)
 class SDPANode:
-    """One call of `scaled_dot_product_attention`, its arguments by name however they were passed."""
+    """One attention call in the terms of `scaled_dot_product_attention`, arguments by name.
+
+    Attributes:
+        node: its result; an SDPA node, or the last product of a call from `beyond_sdpa.py`.
+        sinks: one more score per head `[H]`, which has no value.
+        softcap: scores are `softcap * tanh(scale * q @ k.T / softcap)` before the mask.
+    """
 
     node: fx.Node
     query: fx.Node
@@ -31,20 +37,33 @@ class SDPANode:
     scale: Any
     enable_gqa: Any
     restricted: str = ""  # the SDPA backends that the user's `sdpa_kernel(...)` allows, if any
+    sinks: fx.Node | None = None
+    softcap: float | None = None
 
 
 def find_calls(graph: fx.Graph) -> Iterator[SDPANode]:
     """The attention calls of one graph, in order, each as it is when its turn comes."""
     restricted = ""
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is F.scaled_dot_product_attention:
+        if _is_sdpa_kernel(node):
+            restricted = _allowed_backends(node)
+        elif node.op == "call_function" and node.target is F.scaled_dot_product_attention:
             positional = dict(zip(PARAMETERS, node.args, strict=False))
             named = {**DEFAULTS, **positional, **node.kwargs}
             yield SDPANode(node, **named, restricted=restricted)
-        elif getattr(node.target, "__name__", "") == "_sdpa_kernel":
-            restricted = _allowed_backends(node)
+
+
+def restricted_at(node: fx.Node) -> str:
+    """The SDPA backends that the user's `sdpa_kernel(...)` allows at any node; "" if all."""
+    while node.op != "root":
+        node = node.prev
+        if _is_sdpa_kernel(node):
+            return _allowed_backends(node)
+    return ""
+
+
+def _is_sdpa_kernel(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "_sdpa_kernel"
 
 
 def _allowed_backends(node: fx.Node) -> str:

@@ -25,6 +25,7 @@ from .kv_source import OPS, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
 from .read_mask import MaskReader
 from .repeated_heads import strip_repeated_heads
+from .spell_as_sdpa import spell_as_sdpa
 from .visibility import Visibility
 from .writes import Writes
 
@@ -44,6 +45,7 @@ def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
+        rows += spell_as_sdpa(module.graph)
         rewriter = _Rewriter(module.graph)
         found = [rewriter.rewrite(call, requested) for call in find_calls(module.graph)]
         if found:

@@ -37,7 +37,14 @@ IN_PLACE_OPERATORS = {
 def storages(*nodes: Any) -> set[int]:
     """The memory of the tensors that Dynamo saw at these nodes."""
     tensors = [v for v in map(value_of, nodes) if isinstance(v, torch.Tensor)]
-    return {t.untyped_storage()._cdata for t in tensors}
+    return {_unwrapped(t).untyped_storage()._cdata for t in tensors}
+
+
+def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that has memory, inside `vmap` and `grad` (flex_attention makes its masks in a vmap)."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -29,7 +29,8 @@ class CallRow:
         mask: what the mask says: "none", "causal", "causal, offset on the device + padding", ..., or
             "bool" or "float" where it is not understood.
         kv_source: where keys and values come from.
-        backend: the attention backend chosen.
+        backend: the attention backend chosen; "none" for attention that is not, and could not be
+            written as, `scaled_dot_product_attention`.
         rewritten: whether the call was replaced: by another backend, or by a simpler call of SDPA.
         not_chosen: for every other backend the reasons, with values.
     """
