@@ -2,8 +2,8 @@
 
     cap * tanh(scale * q @ k.T / cap) + mask, with the sinks as a last column -> softmax -> ...
 
-The graph stays as it is: a backend that takes these can replace `SDPANode.node`, and what leads up to it
-is then dead.
+The graph stays as it is until a backend that takes these replaces `SDPANode.node`; what leads up to it is
+then dead.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         bounded=_is_bounded(found) and visibility.can_build(sdpa, form),
         is_causal=sdpa.is_causal is not False,
         dropout=sdpa.dropout_p,
+        sinks=sdpa.sinks is not None,
+        softcap=sdpa.softcap,
         needs_grad=any(x.requires_grad for x in (q, k, v)),
         kv_format=source.kv_format if source else None,
         kv_source=kv_source,

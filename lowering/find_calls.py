@@ -14,6 +14,7 @@ PARAMETERS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
 )  # fmt: skip
 ALL_SDPA_BACKENDS = {"MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"}
+SPELLED_OTHERWISE = "tq_spelled_otherwise"  # in the meta of an SDPA node that the user did not write
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -23,6 +24,8 @@ class SDPANode:
 
     Attributes:
         node: its result; an SDPA node, or the last product of a call from `beyond_sdpa.py`.
+        restricted: the SDPA backends that the user's `sdpa_kernel(...)` allows; "" if all.
+        spelled_otherwise: whether the user wrote it as something else than SDPA.
         sinks: one more score per head `[H]`, which has no value.
         softcap: scores are `softcap * tanh(scale * q @ k.T / softcap)` before the mask.
     """
@@ -36,7 +39,8 @@ class SDPANode:
     is_causal: Any
     scale: Any
     enable_gqa: Any
-    restricted: str = ""  # the SDPA backends that the user's `sdpa_kernel(...)` allows, if any
+    restricted: str = ""
+    spelled_otherwise: bool = False
     sinks: fx.Node | None = None
     softcap: float | None = None
 
@@ -50,7 +54,8 @@ def find_calls(graph: fx.Graph) -> Iterator[SDPANode]:
         elif node.op == "call_function" and node.target is F.scaled_dot_product_attention:
             positional = dict(zip(PARAMETERS, node.args, strict=False))
             named = {**DEFAULTS, **positional, **node.kwargs}
-            yield SDPANode(node, **named, restricted=restricted)
+            spelled = SPELLED_OTHERWISE in node.meta
+            yield SDPANode(node, **named, restricted=restricted, spelled_otherwise=spelled)
 
 
 def restricted_at(node: fx.Node) -> str:

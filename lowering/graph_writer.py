@@ -17,11 +17,12 @@ class GraphWriter:
     """Calls functions on nodes: each call becomes a node, and runs on the fake values of its arguments."""
 
     def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
-        """New nodes take module path and source line of `like`, and live on its device."""
+        """New nodes take module path and source line of `like`, a plain tensor, and live on its device."""
         self.graph = graph
         self.meta = {k: v for k, v in like.meta.items() if k != "example_value"}
-        self.device = value_of(like).device
         fake = value_of(like)
+        fake = fake[0] if isinstance(fake, tuple) else fake
+        self.device, self._grad = fake.device, fake.requires_grad
         self._mode = fake.fake_mode if isinstance(fake, FakeTensor) else None
 
     def call(self, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -30,7 +31,7 @@ class GraphWriter:
         create = self.graph.call_method if method else self.graph.call_function
         node = create(function, args, kwargs)  # type: ignore[arg-type]
         values = fx.node.map_arg((args, kwargs), value_of)
-        with self._mode or nullcontext(), torch.no_grad():
+        with self._mode or nullcontext(), torch.set_grad_enabled(self._grad):
             if isinstance(function, str):
                 result = getattr(values[0][0], function)(*values[0][1:], **values[1])
             else:

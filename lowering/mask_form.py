@@ -68,7 +68,7 @@ def mask_form(sdpa: SDPANode, reader: MaskReader) -> MaskForm:
             visible = _where_not_hidden(read)
             if visible is None:
                 return MaskForm(bias=True)
-            soft = _is_soft(read)
+            soft = sdpa.sinks is None and _is_soft(read)  # with sinks, a row that sees nothing gives zeros
             formula = ix.and_(formula, visible)
     form = _classify(formula, q_len, kv_len)
     if soft and not _never_empty(form, q_len, kv_len):

@@ -1,4 +1,4 @@
-"""Insert nodes into a Dynamo graph as Dynamo would have: with fake values, module path and stack trace."""
+"""Insert nodes before another, and take back what turns out not to be needed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
-from .find_calls import value_of
+from .find_calls import SPELLED_OTHERWISE, value_of
+from .graph_writer import GraphWriter
 from .left_alone import LeftAloneError
 from .operations import same_sizes
 
@@ -21,22 +23,16 @@ class NewNodes:
         self.before = before
         self._inserted: list[fx.Node] = []
         value = value_of(before)
-        first = value[0] if isinstance(value, tuple) else value
-        if not isinstance(first, FakeTensor):
+        if not isinstance(value[0] if isinstance(value, tuple) else value, FakeTensor):
             raise LeftAloneError(f"{before.name} is no plain tensor (inside vmap, or a subclass)")
-        self._fake_mode, self._grad = first.fake_mode, first.requires_grad
+        self._writer = GraphWriter(before.graph, before)
 
     def __call__(self, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call of a function, or of a tensor's method; its value comes from the fake values."""
-        graph = self.before.graph
-        with graph.inserting_before(self.before):
-            insert = graph.call_method if isinstance(function, str) else graph.call_function
-            node = insert(function, args, kwargs)  # type: ignore[arg-type]
-        node.meta = dict(self.before.meta)
-        call = getattr(torch.Tensor, function) if isinstance(function, str) else function
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc]
-        with self._fake_mode, torch.set_grad_enabled(self._grad):
-            node.meta["example_value"] = call(*fake_args, **fake_kwargs)
+        with self.before.graph.inserting_before(self.before):
+            node = self._writer.call(function, *args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            node.meta[SPELLED_OTHERWISE] = True
         self._inserted.append(node)
         return node
 

@@ -10,6 +10,7 @@ A call that no backend can run exactly stays as it was.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from ..attention.select import select
 from ..report import CallRow, Report, row_of
+from .beyond_sdpa import find_calls_beyond_sdpa
 from .describe_call import Found, describe
 from .find_calls import SDPANode, find_calls, value_of
 from .graph_writer import GraphWriter
@@ -47,7 +49,8 @@ def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
             continue
         rows += spell_as_sdpa(module.graph)
         rewriter = _Rewriter(module.graph)
-        found = [rewriter.rewrite(call, requested) for call in find_calls(module.graph)]
+        calls = itertools.chain(find_calls(module.graph), list(find_calls_beyond_sdpa(module.graph)))
+        found = [rewriter.rewrite(call, requested) for call in calls]
         if found:
             rows += found
             module.graph.lint()
@@ -72,8 +75,8 @@ class _Rewriter:
             self._read_packed(found)
         elif choice.backend == "triton":
             self._attend(found, choice.backend)
-        else:
-            row = row.with_rewritten(self._simplify(found))
+        elif choice.backend == "sdpa":
+            row = row.with_rewritten(self._simplify(found) or sdpa.spelled_otherwise)
         return row
 
     def _look_at(self, sdpa: SDPANode) -> Found:
@@ -97,7 +100,7 @@ class _Rewriter:
     def _attend(self, found: Found, backend: str) -> None:
         sdpa = found.sdpa
         mask, bounds = self._visible(found)
-        args = (sdpa.query, found.key, found.value, mask, bounds, None, _scale_of(sdpa), backend)
+        args = (sdpa.query, found.key, found.value, mask, bounds, sdpa.sinks, _scale_of(sdpa), backend)
         self._replace(sdpa, OPS.attend.default, args)
         _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
 
@@ -109,7 +112,7 @@ class _Rewriter:
         if mask is None and bounds is None:  # everything: for the op that would mean the last tokens
             mask = sdpa.attn_mask
         cache_args = (source.seq_lens, source.k_rotation, source.v_rotation)
-        tail = (mask, bounds, None, source.kv_format, source.max_len, _scale_of(sdpa))
+        tail = (mask, bounds, sdpa.sinks, source.kv_format, source.max_len, _scale_of(sdpa))
         chain = _chain(sdpa)
         inside = {sdpa.node, *chain}
         # Another reader of what was dequantized needs the store where it is.

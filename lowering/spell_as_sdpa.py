@@ -13,7 +13,7 @@ from ..report import CallRow
 from .beyond_sdpa import call_beyond_sdpa, is_beyond_sdpa
 from .bypassing_functions import bypassing_calls, shapes_of
 from .encoder_layer import encoder_layer_as_sdpa
-from .find_calls import SDPANode, value_of
+from .find_calls import value_of
 from .kv_source import calls_op
 from .left_alone import LeftAloneError, row_of_left, sizes_of
 from .multi_head_attention import multi_head_as_sdpa
@@ -38,7 +38,7 @@ def spell_as_sdpa(graph: fx.Graph) -> list[CallRow]:
         try:
             found = read_attention(softmax, writes)
             if is_beyond_sdpa(found):
-                rows.append(_row_beyond_sdpa(call_beyond_sdpa(found)))
+                call_beyond_sdpa(found)  # or the reason why it is none
             else:
                 as_sdpa(found, writes)
         except LeftAloneError as reason:
@@ -56,13 +56,6 @@ def _row_of_softmax(softmax: fx.Node, reason: str) -> CallRow:
     scores: torch.Tensor = value_of(softmax)
     names = ("batch_size", "num_heads", "q_len", "kv_len")[-min(scores.dim(), 4) :]
     return row_of_left(softmax, scores, dict(zip(names, scores.shape[-4:], strict=True)), reason)
-
-
-def _row_beyond_sdpa(call: SDPANode) -> CallRow:
-    q, k, v = (value_of(node) for node in (call.query, call.key, call.value))
-    what = "attention sinks" if call.sinks is not None else f"softcap={call.softcap}"
-    reason = f"{what}: scaled_dot_product_attention has none"
-    return row_of_left(call.node, q, sizes_of(q.shape, k.shape, v.shape), reason)
 
 
 def _row_of_fused(node: fx.Node, reason: str) -> CallRow:

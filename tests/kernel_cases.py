@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from tq_inductor.kernels.bits import fp8_byte
 from tq_inductor.kernels.decode import attend, decode
+from tq_inductor.kernels.decode_query import rotate_queries
 from tq_inductor.kernels.decode_warp import warp_split
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
@@ -570,7 +571,8 @@ def record_launches() -> list[tuple]:
             case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096)
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
             queries, rotation = torch.zeros(2, 8, q_len, dim, dtype=BF16), rotations(case, "cpu")[0]
-            warp_split(queries, cache, lens, rotation, None, case.format, 4096, 0.1, 132)
+            rows = rotate_queries(queries, rotation, 2, 0.1)
+            warp_split(*rows, cache, lens, None, q_len, case.format, 4096, 132)
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -588,7 +590,8 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
 
     types = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8"}
     types |= {torch.int32: "i32", torch.int64: "i64"}
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+    names = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+    options = {name: kwargs[name] for name in names if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
     signature, constants, attributes = {}, {}, {}

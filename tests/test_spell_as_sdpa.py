@@ -704,7 +704,7 @@ def gemma2(q, k, v, mask):
 
 
 @pytest.mark.parametrize("name", ["sinks", "softcap"])
-def test_what_sdpa_has_no_arguments_for_is_found_and_left(name):
+def test_what_sdpa_has_no_arguments_for_is_found(name):
     found = []
 
     def backend(gm, example_inputs):
@@ -721,14 +721,15 @@ def test_what_sdpa_has_no_arguments_for_is_found_and_left(name):
     nodes = (call.query, call.key, call.value, call.attn_mask)
     assert [node.target for node in nodes] == ["L_q_", "L_k_", "L_v_", "L_mask_"]
     assert call.node.target is torch.matmul
-    assert row.backend == "none"
     if name == "sinks":
         assert call.sinks.target == "L_sinks_"
         assert call.softcap is None
+        assert (row.backend, row.rewritten) == ("triton", True)
         assert row.not_chosen["sdpa"] == ["attention sinks: scaled_dot_product_attention has none"]
     else:
         assert call.sinks is None
         assert call.softcap == 5.0
+        assert (row.backend, row.rewritten) == ("none", False)
         assert row.not_chosen["sdpa"] == ["softcap=5.0: scaled_dot_product_attention has none"]
 
 

@@ -61,7 +61,7 @@ def row_of(node: fx.Node, call: AttentionCall, choice: Choice) -> CallRow:
         kv_source=call.kv_source,
         backend=choice.backend,
         not_chosen=choice.not_chosen,
-        rewritten=choice.backend != "sdpa",
+        rewritten=choice.backend not in ("sdpa", "none"),
     )
 
 

@@ -27,6 +27,8 @@ class AttentionCall:
             static cache are, by an amount that only the device knows.
         is_causal: SDPA's flag, which aligns query 0 with key 0 (top-left).
         dropout: probability.
+        sinks: whether one more score per head, without a value, takes part in the softmax.
+        softcap: scores s become `softcap * tanh(s / softcap)` before the mask, if not None.
         needs_grad: whether a backward may follow.
         kv_format: the format of the packed cache that k and v are read from; None if they are not.
         kv_source: where k and v come from, in words.
@@ -50,6 +52,8 @@ class AttentionCall:
     bounded: bool = False
     is_causal: bool = False
     dropout: float = 0.0
+    sinks: bool = False
+    softcap: float | None = None
     needs_grad: bool = False
     kv_format: str | None = None
     kv_source: str = "computed here"

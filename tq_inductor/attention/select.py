@@ -46,7 +46,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen for a call and, for each other one, why it was not."""
+    """The backend chosen for a call ("none": it stays), and for each other one why it was not."""
 
     backend: str
     not_chosen: dict[str, list[str]]
@@ -72,7 +72,7 @@ def check_backend_name(name: object) -> str:
 
 
 def select(call: AttentionCall, requested: str = "auto") -> Choice:
-    """The first backend that can run `call`, or the requested one.
+    """The first backend that can run `call`, or the requested one; "none" if none can.
 
     Raises:
         NoAttentionBackendError: the requested backend cannot run it; lists its reasons.
@@ -88,7 +88,7 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
             )
         chosen = requested
     else:
-        chosen = next(name for name, why in reasons.items() if not why)
+        chosen = next((name for name, why in reasons.items() if not why), "none")
     not_chosen = {
         name: why or [f"{chosen} was asked for" if requested != "auto" else f"{chosen} is preferred"]
         for name, why in reasons.items()

@@ -16,12 +16,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why this call cannot or should not run on our kernel; empty if it can."""
     reasons = list(call.obstacles)
-    if not call.bounded:
+    if not call.bounded and not call.sinks:
         reasons.append(
             f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
         )
     if call.mask != "none" and call.is_causal:
         reasons.append("attn_mask together with is_causal=True")
+    if call.softcap is not None:
+        reasons.append(f"softcap={call.softcap}: this kernel has none")
     if call.dropout:
         reasons.append(f"dropout_p={call.dropout} (needs 0)")
     if call.needs_grad:

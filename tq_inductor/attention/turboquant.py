@@ -26,6 +26,8 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"{flag}: over all kv_len={call.kv_len} slots, empty ones would be visible")
     elif call.is_causal:
         reasons.append("attn_mask together with is_causal=True")
+    if call.softcap is not None:
+        reasons.append(f"softcap={call.softcap}: this kernel has none")
     if call.dropout:
         reasons.append(f"dropout_p={call.dropout} (needs 0)")
     if call.needs_grad:
