@@ -277,10 +277,14 @@ def _is_documents(x: Expr) -> bool:
     return len(terms) == 2 and len(tables) == 1 and sorted(terms.values()) == [-1, 1]
 
 
+def parts(form: MaskForm) -> list[Expr]:
+    """All that interval and key mask are made of."""
+    return [part for x in (form.lower, form.upper, form.keys) if x is not None for part in ix.walk(x)]
+
+
 def elements(form: MaskForm) -> list[Element]:
     """The tensor elements of the graph on which interval and key mask depend."""
-    parts = [x for x in (form.lower, form.upper, form.keys) if x is not None]
-    return [e for x in parts for e in ix.walk(x) if isinstance(e, Element)]
+    return [part for part in parts(form) if isinstance(part, Element)]
 
 
 def is_plain_causal(form: MaskForm, q_len: Any, kv_len: Any) -> bool:

@@ -1,8 +1,9 @@
 """Put what a mask says into the graph in the form that kernels take.
 
-- bounds, int32 `[B, q, 2]`: query i of row b sees keys `bounds[b, i, 0] <= k < bounds[b, i, 1]`. Computed
-  from a few numbers; where the mask is not understood, from the first and last key that it shows in each
-  row of the batch, so that no kernel reads what nobody sees.
+- bounds, int32 `[B, q, 2]` or broadcastable to it: query i of row b sees keys k with
+  `bounds[b, i, 0] <= k < bounds[b, i, 1]`. Computed from a few numbers; where the mask is not understood,
+  from the first and last key that it shows in each row of the batch, so that no kernel reads what nobody
+  sees.
 - a mask `[B, 1, 1, L]` over keys, or the mask itself where it is more than that.
 
 Both are computed where the mask is, once for all layers that share it.
@@ -21,7 +22,7 @@ from torch import fx
 from .find_calls import SDPANode, value_of
 from .graph_writer import GraphWriter
 from .index_expr import KEY, Apply, Constant, Element, Expr, Index
-from .mask_form import EVERYTHING, MaskForm, elements
+from .mask_form import EVERYTHING, MaskForm, elements, parts
 from .read_mask import ZERO, is_one
 from .writes import Writes
 
@@ -41,6 +42,9 @@ class Visibility:
         place = self._place(sdpa)
         if place is sdpa.node:
             return not elements(form)
+        needed = {part.axis for part in parts(form) if isinstance(part, Index)}
+        if any(_size_of_axis(sdpa, axis) is None for axis in needed | {KEY}):
+            return False
         if self._writes.between(place, sdpa.node, place):
             return False  # the mask changes after this place
         tensors = [e for e in elements(form) if isinstance(value_of(e.node), torch.Tensor)]
@@ -101,11 +105,7 @@ class Visibility:
 
     def _of_interval(self, write: GraphWriter, sdpa: SDPANode, form: MaskForm) -> fx.Node:
         emit = _Emitter(write, sdpa)
-        batch, q_len = write.size(sdpa.query, 0), write.size(sdpa.query, -2)
-        ends = [emit.tensor(form.lower or ZERO), emit.tensor(form.upper or EVERYTHING)]
-        ends = [write.call("expand", end, batch, 1, q_len, 1) for end in ends]
-        both = write.call("squeeze", write.call(torch.cat, ends, -1), 1)
-        return write.call("to", both, torch.int32)
+        return _joined(write, emit.tensor(form.lower or ZERO), emit.tensor(form.upper or EVERYTHING))
 
     def _of_extent(self, write: GraphWriter, sdpa: SDPANode, form: MaskForm, mask: fx.Node) -> fx.Node:
         """The interval, cut to the first and last key that a mask shows to any head or query."""
@@ -117,19 +117,37 @@ class Visibility:
             if not is_one(value_of(seen).shape[dim]):
                 seen = write.call("any", seen, dim, keepdim=True)
         key = emit.tensor(Index(KEY))
-        kv_len = write.size(sdpa.key, -2)
         last = write.call(torch.where, seen, write.call(operator.add, key, 1), 0)
-        first = write.call(torch.where, seen, key, kv_len)
+        first = write.call(torch.where, seen, key, emit.size(KEY))
         upper = write.call("amax", last, -1, keepdim=True)
         lower = write.call("amin", first, -1, keepdim=True)
         if form.lower is not None:
             lower = write.call(torch.maximum, lower, emit.tensor(form.lower))
         if form.upper is not None:
             upper = write.call(torch.minimum, upper, emit.tensor(form.upper))
-        batch, q_len = write.size(sdpa.query, 0), write.size(sdpa.query, -2)
-        ends = [write.call("expand", end, batch, 1, q_len, 1) for end in (lower, upper)]
-        both = write.call("squeeze", write.call(torch.cat, ends, -1), 1)
-        return write.call("to", both, torch.int32)
+        return _joined(write, lower, upper)
+
+
+def _joined(write: GraphWriter, lower: fx.Node, upper: fx.Node) -> fx.Node:
+    """Bounds of `[B|1, 1, q|1, 1]` ends."""
+    ends = write.call(torch.broadcast_tensors, lower, upper)
+    both = write.call(torch.cat, [write.call(operator.getitem, ends, i) for i in (0, 1)], -1)
+    return write.call("to", write.call("squeeze", both, 1), torch.int32)
+
+
+def _size_of_axis(sdpa: SDPANode, axis: int) -> tuple[fx.Node, int] | int | None:
+    """The size of an axis as it is known where the mask is: a number, or that of a dimension."""
+    node, dim = (sdpa.key, -2) if axis == KEY else (sdpa.query, (0, 1, -2)[axis])
+    size = value_of(node).shape[dim]
+    if isinstance(size, int):
+        return size
+    if sdpa.attn_mask is None:
+        return node, dim
+    shape = value_of(sdpa.attn_mask).shape
+    place = axis - 4
+    if len(shape) < -place or str(shape[place]) != str(size):
+        return None
+    return sdpa.attn_mask, place
 
 
 def _can_scan(mask: fx.Node, sdpa: SDPANode) -> bool:
@@ -145,9 +163,14 @@ class _Emitter:
     """Writes expressions as nodes that broadcast to `[B, H, q, L]`."""
 
     def __init__(self, write: GraphWriter, sdpa: SDPANode) -> None:
-        self._write = write
-        self._axis_size = {0: (sdpa.query, 0), 1: (sdpa.query, 1), 2: (sdpa.query, -2), 3: (sdpa.key, -2)}
+        self._write, self._sdpa = write, sdpa
         self._known: dict[Expr, Any] = {}
+
+    def size(self, axis: int) -> fx.Node | int:
+        """The size of an axis."""
+        size = _size_of_axis(self._sdpa, axis)
+        assert size is not None, "can_build() was not asked"
+        return size if isinstance(size, int) else self._write.size(*size)
 
     def tensor(self, x: Expr) -> fx.Node:
         """`x` as a 4-D tensor, sizes 1 where it does not depend on the axis."""
@@ -168,7 +191,7 @@ class _Emitter:
         if isinstance(x, Constant):
             return x.value
         if isinstance(x, Index):
-            size = self._write.size(*self._axis_size[x.axis])
+            size = self.size(x.axis)
             shape = [-1 if axis == x.axis else 1 for axis in range(4)]
             positions = self._write.call(torch.arange, size, device=self._write.device)
             return self._write.call("view", positions, *shape)
@@ -202,8 +225,10 @@ class _Emitter:
                 continue
             if not isinstance(i, Index) or i.axis < axis:
                 return None
-            node, dim = self._axis_size[i.axis]
-            if str(value_of(node).shape[dim]) != str(size):
+            of_axis = _size_of_axis(self._sdpa, i.axis)
+            if isinstance(of_axis, tuple):
+                of_axis = value_of(of_axis[0]).shape[of_axis[1]]
+            if str(of_axis) != str(size):
                 return None
             items += [None] * (i.axis - axis) + [slice(None)]
             axis = i.axis + 1

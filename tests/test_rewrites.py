@@ -118,11 +118,12 @@ mask: "b8[1, 1, 1, 32]" = le[(None, None)]
 full: "i64[1, 1, 1, 1]" = torch.full((1, 1, 1, 1), 0, dtype = torch.int64, device = device(type='cpu'))
 add_2: "i64[]" = l_position_ + 1
 view: "i64[1, 1, 1, 1]" = add_2.view(1, 1, 1, 1)
-expand_2: "i64[2, 1, 1, 1]" = full.expand(2, 1, 1, 1)
-expand_3: "i64[2, 1, 1, 1]" = view.expand(2, 1, 1, 1)
-cat: "i64[2, 1, 1, 2]" = torch.cat([expand_2, expand_3], -1)
-squeeze: "i64[2, 1, 2]" = cat.squeeze(1)
-to: "i32[2, 1, 2]" = squeeze.to(torch.int32)
+broadcast_tensors = torch.functional.broadcast_tensors(full, view)
+getitem_4: "i64[1, 1, 1, 1]" = broadcast_tensors[0]
+getitem_5: "i64[1, 1, 1, 1]" = broadcast_tensors[1]
+cat: "i64[1, 1, 1, 2]" = torch.cat([getitem_4, getitem_5], -1)
+squeeze: "i64[1, 1, 2]" = cat.squeeze(1)
+to: "i32[1, 1, 2]" = squeeze.to(torch.int32)
 arange_2: "i64[1]" = torch.arange(1)
 where: "i64[1]" = arange_2 + l_position_
 add_: "i64[]" = l_position_.add_(1)

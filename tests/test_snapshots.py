@@ -102,7 +102,7 @@ def test_llama_decode_static():
         """\
 index_copy_(f32[2, 2, 32, 16], 2, i64[1], f32[2, 2, 1, 16])
 index_copy_(f32[2, 2, 32, 16], 2, i64[1], f32[2, 2, 1, 16])
-attend(f32[2, 4, 1, 16], f32[2, 2, 32, 16], f32[2, 2, 32, 16], None, i32[2, 1, 2], None, 0.25, triton)""",
+attend(f32[2, 4, 1, 16], f32[2, 2, 32, 16], f32[2, 2, 32, 16], None, i32[1, 1, 2], None, 0.25, triton)""",
     )
 
 
@@ -121,7 +121,7 @@ def test_llama_decode_turboquant():
     after_prompt(model, cache)
     assert_expected_inline(
         snapshot(model, IDS[:, :1], past_key_values=cache),
-        """tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[2, 1, 2], None, k4v4, 32, 0.25)""",
+        """tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[1, 1, 2], None, k4v4, 32, 0.25)""",
     )
 
 
@@ -143,7 +143,7 @@ copy_(f32[2, 2, 8, 16], f32[2, 2, 8, 16])
 scaled_dot_product_attention(f32[2, 4, 1, 16], f32[2, 2, 8, 16], f32[2, 2, 8, 16], enable_gqa=True, scale=0.0625)
 index_copy_(f32[2, 2, 32, 16], 2, i64[1], f32[2, 2, 1, 16])
 index_copy_(f32[2, 2, 32, 16], 2, i64[1], f32[2, 2, 1, 16])
-attend(f32[2, 4, 1, 16], f32[2, 2, 32, 16], f32[2, 2, 32, 16], None, i32[2, 1, 2], None, 0.0625, triton)""",
+attend(f32[2, 4, 1, 16], f32[2, 2, 32, 16], f32[2, 2, 32, 16], None, i32[1, 1, 2], None, 0.0625, triton)""",
         )
     else:
         cache = TurboQuantCache(model.config, 32, device="cpu", dtype=torch.float32, max_batch_size=2)
@@ -158,7 +158,7 @@ setitem(f32[2, 2, 8, 16], (slice(None, None, None), slice(None, None, None), ind
 copy_(f32[2, 2, 8, 16], f32[2, 2, 8, 16])
 copy_(f32[2, 2, 8, 16], f32[2, 2, 8, 16])
 scaled_dot_product_attention(f32[2, 4, 1, 16], f32[2, 2, 8, 16], f32[2, 2, 8, 16], enable_gqa=True, scale=0.0625)
-tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[2, 1, 2], None, k4v4, 32, 0.0625)""",
+tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[1, 1, 2], None, k4v4, 32, 0.0625)""",
         )
 
 
@@ -200,6 +200,6 @@ def test_whisper_decoder():
         """\
 index_copy_(f32[2, 4, 24, 16], 2, i64[1], f32[2, 4, 1, 16])
 index_copy_(f32[2, 4, 24, 16], 2, i64[1], f32[2, 4, 1, 16])
-attend(f32[2, 4, 1, 16], f32[2, 4, 24, 16], f32[2, 4, 24, 16], None, i32[2, 1, 2], None, 1.0, triton)
+attend(f32[2, 4, 1, 16], f32[2, 4, 24, 16], f32[2, 4, 24, 16], None, i32[1, 1, 2], None, 1.0, triton)
 scaled_dot_product_attention(f32[2, 4, 1, 16], f32[2, 4, 16, 16], f32[2, 4, 16, 16], scale=1.0)""",
     )

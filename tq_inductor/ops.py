@@ -14,9 +14,9 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   their sizes are used.
 - `attn_mask`: bool or float, broadcastable to `[B, H, q, max_len]`. It alone decides what is visible;
   slots past `seq_lens` are keys and values of zeros, as in SDPA over what `tq_dequantize` returns.
-- `bounds`: int32 `[B, q, 2]`: of the keys that the mask lets through, query i of row b sees
-  `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode` are
-  the last `q` tokens and see all before and themselves; those of `attend` see everything.
+- `bounds`: int32, broadcastable to `[B, q, 2]`: of the keys that the mask lets through, query i of row b
+  sees `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode`
+  are the last `q` tokens and see all before and themselves; those of `attend` see everything.
 - `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
   `bounds`; `backend` names the attention backend.
@@ -206,6 +206,7 @@ def _attend(
         from .kernels.decode import attend
     else:
         from .reference import attend
+    bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
     return attend(q, k, v, attn_mask, bounds, sinks, scale)
 
 
