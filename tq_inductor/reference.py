@@ -315,8 +315,8 @@ def attend(
     bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
     if sinks is None:
         mask = visible if bias is None else bias.to(q.dtype)
-        options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
-        return F.scaled_dot_product_attention(q, k, v, **options).contiguous()
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        return out.contiguous()
     return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
 
 
