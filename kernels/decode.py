@@ -29,6 +29,7 @@ from .bits import (
     magnitude_words,
     operand_dtype,
 )
+from .decode_query import rotate_queries
 from .decode_reduce import reduce_splits
 from .decode_warp import can_convert_fp8, fits, warp_split
 
@@ -302,8 +303,9 @@ def decode(
     group = q.shape[1] // cache.shape[1]
     if attn_mask is None and fits(fmt, q.dtype, q.shape[2] * group) and can_convert_fp8(q.device):
         with torch.cuda.device_of(q):
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
             partial, logs = warp_split(
-                q, cache, seq_lens, k_rotation, bounds, fmt, max_len, scale, sm_count(q.device)
+                *queries, cache, seq_lens, bounds, q.shape[2], fmt, max_len, sm_count(q.device)
             )
             reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)
         return out
@@ -397,6 +399,6 @@ def _launch(
         HAS_LENS=seq_lens is not None, HAS_BOUNDS=bounds is not None, MASK=mask_kind,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
-        num_stages=3,
+        num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
     )  # fmt: skip
     reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)

@@ -22,6 +22,11 @@ def decode_reduce_kernel(
     kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
     batch_head = kv_row * HEADS + row % HEADS
     dims = tl.arange(0, BLOCK_D)
+    missing = 0.0
+    if HAS_LENS:
+        missing = nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
+    if ROTATION == HADAMARD:
+        first_column = tl.load(rotation_ptr + dims * V_DIM)
     sink = float("-inf")
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
@@ -46,13 +51,11 @@ def decode_reduce_kernel(
         out += tl.sum(partial * weight[:, None], axis=0)
         total += tl.sum(weight, axis=0)
     out /= tl.where(total == 0.0, 1.0, total)
-    if HAS_LENS:
-        out += nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
+    out += missing
 
     out_ptr += (batch_head * q_len + token) * V_DIM
     if ROTATION == HADAMARD:  # the rotation is its first column times the Hadamard matrix
-        first = tl.load(rotation_ptr + dims * V_DIM)
-        rotated = tl.reshape(hadamard(out[None, :]), [BLOCK_D]) * first
+        rotated = tl.reshape(hadamard(out[None, :]), [BLOCK_D]) * first_column
         tl.store(out_ptr + dims, rotated.to(out_ptr.dtype.element_ty))
     elif ROTATION == MATRIX:
         for start in range(0, V_DIM, BLOCK_OUT):
@@ -83,12 +86,13 @@ def reduce_splits(
     block_d = triton.next_power_of_2(dv)
     rotation = NONE if v_rotation is None else HADAMARD if block_d == dv else MATRIX
     padded = triton.next_power_of_2(splits)
-    num_warps = 8 if padded > 32 else 4
+    num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
     decode_reduce_kernel[(batch * heads * q_len,)](
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks,
         out if v_rotation is None else v_rotation, out, lens_stride, heads, splits, q_len, max_len,
         ROTATION=rotation.value, HAS_LENS=seq_lens is not None, HAS_SINKS=sinks is not None,
         V_DIM=dv, HEADS=group, BLOCK_L=min(1024, padded),
         BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),  # 64 values a thread
-        BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d), num_warps=num_warps,
+        BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
+        num_warps=num_warps,
     )  # fmt: skip

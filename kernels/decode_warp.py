@@ -21,16 +21,14 @@ import functools
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..format import KVFormat
-from .bits import TINY, hadamard, magnitude_words
+from .bits import TINY, magnitude_words
 
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
-LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 SHARED_BYTES = 227 << 10  # of a multiprocessor
 WEIGHT_BITS = gl.constexpr(15.0)
@@ -178,6 +176,96 @@ def operands(words, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.con
 
 
 @gluon.jit
+def copy_keys(shared, ptrs, left, ROW: gl.constexpr):
+    """Start copying the keys of a tile, of which `left` tokens are left, and the scales."""
+    copy_scales(shared[2], ptrs[2], left)
+    copy_scales(shared[3], ptrs[3], left)
+    copy_tile(shared[0], ptrs[0], 4 * ROW, left, 4 * ROW)
+
+
+@gluon.jit
+def copy_values(shared, ptrs, left, ROW: gl.constexpr):
+    """Start copying the values of a tile, of which `left` tokens are left."""
+    copy_tile(shared[1], ptrs[1], 4 * ROW, left, 256)
+
+
+@gluon.jit
+def written_bytes(count):
+    """All bits of the bytes of the first `count` tokens, in `value_layout`: stale ones may be NaN."""
+    run = gl.arange(0, 8, layout=gl.SliceLayout(1, value_layout()))[:, None] // 2
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, value_layout()))[None, :] % 4
+    missing = gl.minimum(gl.maximum(4 - (count - run * 16 - word * 4), 0), 4)
+    bits = gl.where(missing == 4, 0, -1).to(gl.uint32) >> (8 * (missing % 4)).to(gl.uint32)
+    return bits.to(gl.int32)
+
+
+@gluon.jit
+def attend_tile(
+    acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
+    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr,
+    K_ROW: gl.constexpr, V_ROW: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """One tile of slots from `start`, online softmax in base 2; `ptrs` are those of the next tile."""
+    FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    TOKENS: gl.constexpr = gl.SliceLayout(1, MMA)
+    K_WORDS: gl.constexpr = K_ROW // 16  # words of a lane
+    N: gl.constexpr = total.shape[0]
+    next_start = start + TILE
+    async_copy.wait_group(1)
+    s = ()
+    for m in gl.static_range(4):
+        words = shared[0].index(m).load(key_layout(K_ROW))
+        words = gl.permute(gl.reshape(words, [4, 2, 2, 4, K_WORDS]), [1, 0, 2, 3, 4])
+        k = operands(gl.reshape(words, [2, 8, 4, K_WORDS]), tables[0], K_ASM, K_BITS, FIRST)
+        x = gl.zeros([16, N], gl.float32, MMA)
+        for t in gl.static_range(8 // K_BITS):
+            x = mma_v2(k[t], q[t], x)
+        s += (x,)
+    k_scale, v_scale = read_scales(shared[2], TOKENS), read_scales(shared[3], TOKENS)
+    copy_keys(shared, ptrs, end - next_start, K_ROW)
+    s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
+    s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
+
+    low, high, filled, whole_from, whole_to = sees
+    if (start < whole_from) | (start + TILE > whole_to):
+        here = start + place_byte(gl.arange(0, TILE, layout=TOKENS), 16)
+        s = gl.where((here < filled)[:, None], s, 0.0)
+        inside = (here[:, None] >= low[None, :]) & (here[:, None] < high[None, :])
+        s = gl.where(inside, s, float("-inf"))
+        v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
+    new_peak = gl.maximum(peak, gl.max(s, axis=0))
+    origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    decay = gl.exp2((peak - origin) * q_scale)
+    shift = origin * q_scale - WEIGHT_BITS
+    weights = gl.exp2(s * q_scale[None, :] - shift[None, :])
+    total = total * decay + gl.sum(weights, axis=0)
+    peak = new_peak
+    new_largest = gl.maximum(largest, gl.max(gl.abs(v_scale), axis=0))
+    unit = 1.0 / new_largest
+    decay = (decay * (largest * unit))[None, :]
+    largest = new_largest
+    p = (weights * (v_scale * unit)[:, None]).to(gl.float16)
+    p = gl.inline_asm_elementwise(TRANSPOSE, "=r,r", [p], gl.float16, True, 2)
+    p = gl.permute(gl.reshape(p, [8, 8, N // 8, 8]), [0, 3, 2, 1])  # [block, token, column, row]
+    p = gl.convert_layout(gl.reshape(p, [TILE, N]), SECOND, assert_trivial=True)
+    if V_BITS == 8:
+        written = written_bytes(filled - start)
+    async_copy.wait_group(1)
+    new_acc = ()
+    for m in gl.static_range(V_ROW // 16):
+        words = shared[1].index(m).load(value_layout())
+        if V_BITS == 8:
+            words &= written
+        words = gl.permute(gl.reshape(words, [4, 2, 8, 4]), [1, 2, 0, 3])
+        v = operands(words, tables[1], V_ASM, V_BITS, FIRST)
+        for t in gl.static_range(8 // V_BITS):
+            new_acc += (mma_v2(v[t], p, acc[m * (8 // V_BITS) + t] * decay),)
+    copy_values(shared, ptrs, end - next_start, V_ROW)
+    return new_acc, total, peak, largest
+
+
+@gluon.jit
 def warp_split_kernel(
     q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, bounds_ptr, partial_ptr, log_ptr,
     cache_stride_b, cache_stride_h, lens_stride, bounds_stride_b, bounds_stride_t,
@@ -188,15 +276,13 @@ def warp_split_kernel(
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
-    K_WORDS: gl.constexpr = K_ROW // 16  # words of a lane
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    TOKENS: gl.constexpr = gl.SliceLayout(1, MMA)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     K_ROWS: gl.constexpr = 4 * K_ROW // words_of_row(4 * K_ROW)  # of a piece in shared memory
     # Swizzled: of 8 lanes that read 16 bytes, two have neighbouring rows and four distant ones.
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 
     split = gl.program_id(0) % splits
     kv_head = gl.program_id(1).to(gl.int64)
@@ -232,26 +318,19 @@ def warp_split_kernel(
         gl.store(log_ptr + part, gl.full([N], float("-inf"), gl.float32, COLUMNS), mask=valid)
         return
 
-    # Where this lane's words, scales and slots are in a tile.
     page = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
-    run = gl.arange(0, 8, layout=gl.SliceLayout(1, value_layout()))[:, None] // 2
-    word_slot = run * 16 + gl.arange(0, 32, layout=gl.SliceLayout(0, value_layout()))[None, :] % 4 * 4
-    slot = place_byte(gl.arange(0, TILE, layout=TOKENS), 16)
     k_ptr = page.to(gl.pointer_type(gl.int32)) + first.to(gl.int64) * (K_ROW // 4)
     v_ptr = (page + v_rows_offset).to(gl.pointer_type(gl.int32)) + first.to(gl.int64) * (V_ROW // 4)
     k_scale_ptr = (page + k_scales_offset).to(gl.pointer_type(gl.bfloat16)) + first
     v_scale_ptr = (page + v_scales_offset).to(gl.pointer_type(gl.bfloat16)) + first
-
-    left = end - first
-    k_shared = gl.allocate_shared_memory(gl.int32, [4, K_ROWS, 4 * K_ROW // K_ROWS], SHARED)
-    v_shared = gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SHARED)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    k_scale_shared = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
-    v_scale_shared = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
-    copy_scales(k_scale_shared, k_scale_ptr, left)
-    copy_scales(v_scale_shared, v_scale_ptr, left)
-    copy_tile(k_shared, k_ptr, 4 * K_ROW, left, 4 * K_ROW)
-    copy_tile(v_shared, v_ptr, 4 * V_ROW, left, 256)
+    shared = (
+        gl.allocate_shared_memory(gl.int32, [4, K_ROWS, 4 * K_ROW // K_ROWS], SWIZZLED),
+        gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SWIZZLED),
+        gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN),
+        gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN),
+    )
+    copy_keys(shared, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), end - first, K_ROW)
+    copy_values(shared, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), end - first, V_ROW)
 
     place_k = gl.arange(0, K_ROW, layout=gl.SliceLayout(1, SECOND))[:, None]
     column = gl.program_id(0) // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
@@ -265,102 +344,31 @@ def warp_split_kernel(
     if V_LO != K_LO:
         v_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(V_LO)], gl.int32, False, 1)
 
-    none = gl.zeros([16, N], gl.float32, MMA)
-    acc = (none,) * (V_DIM // 16)  # [16 values, row] each: of 16 byte columns, of each code of a byte
+    tables, sees = (k_table, v_table), (low, high, filled, whole_from, whole_to)
+
+    # [16 values, row] each: of 16 byte columns, of each code of a byte.
+    acc = (gl.zeros([16, N], gl.float32, MMA),) * (V_DIM // 16)
     total = gl.zeros([N], gl.float32, COLUMNS)
     peak = gl.full([N], float("-inf"), gl.float32, COLUMNS)
     largest = TINY  # value scale so far
-    while left > 0:
-        async_copy.wait_group(1)
-        s = ()
-        for m in gl.static_range(4):
-            words = k_shared.index(m).load(key_layout(K_ROW))
-            words = gl.permute(gl.reshape(words, [4, 2, 2, 4, K_WORDS]), [1, 0, 2, 3, 4])
-            k = operands(gl.reshape(words, [2, 8, 4, K_WORDS]), k_table, K_ASM, K_BITS, FIRST)
-            x = none
-            for t in gl.static_range(8 // K_BITS):
-                x = mma_v2(k[t], q[t], x)
-            s += (x,)
-        k_scale, v_scale = read_scales(k_scale_shared, TOKENS), read_scales(v_scale_shared, TOKENS)
-        k_scale_ptr += TILE
-        v_scale_ptr += TILE
-        copy_scales(k_scale_shared, k_scale_ptr, left - TILE)
-        copy_scales(v_scale_shared, v_scale_ptr, left - TILE)
-        k_ptr += TILE * (K_ROW // 4)
-        copy_tile(k_shared, k_ptr, 4 * K_ROW, left - TILE, 4 * K_ROW)
-        s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
-        s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
-
-        here = end - left + slot
-        if (end - left < whole_from) | (end - left + TILE > whole_to):
-            s = gl.where((here < filled)[:, None], s, 0.0)
-            inside = (here[:, None] >= low[None, :]) & (here[:, None] < high[None, :])
-            s = gl.where(inside, s, float("-inf"))
-            v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
-        new_peak = gl.maximum(peak, gl.max(s, axis=0))
-        origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-        decay = gl.exp2((peak - origin) * q_scale)
-        shift = origin * q_scale - WEIGHT_BITS
-        weights = gl.exp2(s * q_scale[None, :] - shift[None, :])
-        total = total * decay + gl.sum(weights, axis=0)
-        peak = new_peak
-        new_largest = gl.maximum(largest, gl.max(gl.abs(v_scale), axis=0))
-        unit = 1.0 / new_largest
-        decay = (decay * (largest * unit))[None, :]
-        largest = new_largest
-        p = (weights * (v_scale * unit)[:, None]).to(gl.float16)
-        p = gl.inline_asm_elementwise(TRANSPOSE, "=r,r", [p], gl.float16, True, 2)
-        p = gl.permute(gl.reshape(p, [8, 8, N // 8, 8]), [0, 3, 2, 1])  # [block, token, column, row]
-        p = gl.convert_layout(gl.reshape(p, [TILE, N]), SECOND, assert_trivial=True)
-        if V_BITS == 8:  # stale bytes may be NaN
-            missing = gl.minimum(gl.maximum(4 - (filled - (end - left) - word_slot), 0), 4)
-            written = gl.where(missing == 4, 0, -1).to(gl.uint32) >> (8 * (missing % 4)).to(gl.uint32)
-            written = written.to(gl.int32)
-        async_copy.wait_group(1)
-        new_acc = ()
-        for m in gl.static_range(V_ROW // 16):
-            words = v_shared.index(m).load(value_layout())
-            if V_BITS == 8:
-                words = words & written
-            words = gl.permute(gl.reshape(words, [4, 2, 8, 4]), [1, 2, 0, 3])
-            v = operands(words, v_table, V_ASM, V_BITS, FIRST)
-            for t in gl.static_range(8 // V_BITS):
-                new_acc += (mma_v2(v[t], p, acc[m * (8 // V_BITS) + t] * decay),)
-        acc = new_acc
-        v_ptr += TILE * (V_ROW // 4)
-        copy_tile(v_shared, v_ptr, 4 * V_ROW, left - TILE, 256)
-        left -= TILE
+    for start in range(first, end, TILE):
+        k_ptr, v_ptr = k_ptr + TILE * (K_ROW // 4), v_ptr + TILE * (V_ROW // 4)
+        k_scale_ptr, v_scale_ptr = k_scale_ptr + TILE, v_scale_ptr + TILE
+        ptrs = (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr)
+        acc, total, peak, largest = attend_tile(
+            acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
+            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, MMA,
+        )  # fmt: skip
     async_copy.wait_group(0)
 
     gl.store(log_ptr + part, peak * q_scale + gl.log2(total) - WEIGHT_BITS, mask=valid)
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
-    value = gl.arange(0, 16, layout=TOKENS)[:, None]
+    value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
     out_ptr = partial_ptr + part[None, :] * V_DIM + value
     for m in gl.static_range(V_ROW // 16):
         for t in gl.static_range(8 // V_BITS):
             x = acc[m * (8 // V_BITS) + t] * scale
             gl.store(out_ptr + (t * V_ROW + m * 16), x, mask=valid[None, :] & (value >= 0))
-
-
-@triton.jit
-def query_kernel(
-    q_ptr, rotation_ptr, out_ptr, scale_ptr, stride_b, stride_h, stride_t, stride_d, rows, kv_heads, q_len,
-    scale, DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Rotated query rows [batch, KV head, token, head of the group], over their largest magnitude."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    group, token = row // HEADS // q_len, row // HEADS % q_len
-    head = group % kv_heads * HEADS + row % HEADS
-    dims = tl.arange(0, DIM)
-    q_ptr += group // kv_heads * stride_b + head * stride_h + token * stride_t
-    q = tl.load(q_ptr[:, None] + dims[None, :] * stride_d, mask=(row < rows)[:, None], other=0.0)
-    # The rotation is its first column times the Hadamard matrix.
-    signs = tl.load(rotation_ptr + dims * DIM) * scale
-    y = hadamard(q.to(tl.float32) * signs[None, :])
-    peak = tl.maximum(tl.max(tl.abs(y), axis=1), TINY)
-    out = (y / peak[:, None]).to(tl.float16)
-    tl.store(out_ptr + row[:, None] * DIM + dims[None, :], out, mask=(row < rows)[:, None])
-    tl.store(scale_ptr + row, peak * LOG2_E, mask=row < rows)
 
 
 def can_convert_fp8(device: torch.device) -> bool:
@@ -390,49 +398,40 @@ def best_splits(groups: int, tiles: int, slots: int) -> int:
 
 
 def warp_split(
-    q: torch.Tensor,
+    queries: torch.Tensor,
+    factors: torch.Tensor,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
-    k_rotation: torch.Tensor,
     bounds: torch.Tensor | None,
+    q_len: int,
     fmt: KVFormat,
     max_len: int,
-    scale: float,
     sms: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial outputs [B, Hkv, row, split, Dv] and logarithms of their weights; rows are token-major.
+    """Partial outputs [B, Hkv, row, split, Dv] and logarithms of their weights.
 
-    The arguments are those of `reference.decode`; `sms` multiprocessors share the work.
+    `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` multiprocessors
+    share the work.
     """
-    batch, heads, q_len, dim = q.shape
-    kv_heads, dv = cache.shape[1], fmt.v_head_dim
-    group = heads // kv_heads
-    rows = q_len * group
-    queries = torch.empty((batch, kv_heads, rows, dim), dtype=torch.float16, device=q.device)
-    q_scales = torch.empty((batch, kv_heads, rows), dtype=torch.float32, device=q.device)
-    block_m = 2
-    query_kernel[(triton.cdiv(batch * kv_heads * rows, block_m),)](
-        q, k_rotation, queries, q_scales, *q.stride(), batch * kv_heads * rows, kv_heads, q_len, scale,
-        DIM=dim, HEADS=group, BLOCK_M=block_m, num_warps=1,
-    )  # fmt: skip
-
+    batch, kv_heads, rows, dim = queries.shape
+    dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
     # Queries and sums live in registers: a lane has 1/32 of them, queries two to a register.
     registers = min(255, 80 + columns * (dim // 2 + dv) // 32)
-    shared = TILE.value * (fmt.k_row_bytes + fmt.v_row_bytes)
+    shared = TILE.value * fmt.slot_bytes
     warps = min(32, 65536 // 32 // registers, SHARED_BYTES // (shared + 1024))
     splits = best_splits(batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value), warps * sms)
-    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
-    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
+    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
+    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, q_scales, cache, seq_lens, q if bounds is None else bounds, partial, logs,
+        queries, factors, cache, seq_lens, queries if bounds is None else bounds, partial, logs,
         *cache.stride()[:2], seq_lens.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=magnitude_words(fmt.k_bits)[0],
         V_LO=magnitude_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
-        K_DIM=dim, V_DIM=dv, HEADS=group, HAS_BOUNDS=bounds is not None, N=columns,
+        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, HAS_BOUNDS=bounds is not None, N=columns,
         num_warps=1, maxnreg=registers,
     )  # fmt: skip
     return partial, logs

@@ -46,7 +46,7 @@ class Case:
 
     mask: none, bool, left (left padding, past the length too), float, row (an almost empty one).
     bounds: none, window (past the end too; one query sees nothing), row (the same for all queries).
-    keys: random, huge (one key of large scores), equal (one key at all places), heavy (norms of keys
+    keys: random, huge (one key is eight times as long), equal (one key at all places), heavy (norms of keys
         and values over some orders of magnitude).
     """
 
@@ -275,7 +275,7 @@ def filled_cache(case: Case, device: str) -> torch.Tensor:
     k = torch.randn(case.batch, case.kv_heads, tokens, fmt.head_dim)
     v = torch.randn(case.batch, case.kv_heads, tokens, fmt.v_head_dim) * torch.rand(tokens, 1) * 3
     if case.keys == "huge":
-        k[:, :, tokens // 2] *= 30
+        k[:, :, tokens // 2] *= 8
     elif case.keys == "equal":
         k[:] = k[:, :, :1]
     elif case.keys == "heavy":
@@ -590,7 +590,7 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
 
     types = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8"}
     types |= {torch.int32: "i32", torch.int64: "i64"}
-    names = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+    names = ("num_warps", "num_stages", "maxnreg")
     options = {name: kwargs[name] for name in names if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
