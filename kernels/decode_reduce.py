@@ -14,7 +14,7 @@ NONE, HADAMARD, MATRIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def decode_reduce_kernel(
     partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lens_stride, heads, splits,
     q_len, max_len, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
@@ -27,29 +27,26 @@ def decode_reduce_kernel(
         missing = nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
     if ROTATION == HADAMARD:
         first_column = tl.load(rotation_ptr + dims * V_DIM)
-    sink = float("-inf")
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
-    peak = sink
-    for start in range(0, splits, BLOCK_L):
-        split = start + tl.arange(0, BLOCK_L)
-        log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
-        peak = tl.maximum(peak, tl.max(log, axis=0))
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-
-    out = tl.zeros([BLOCK_D], tl.float32)
+    peak = float("-inf")
     total = 0.0
     if HAS_SINKS:
-        total += tl.exp2(sink - peak)
+        peak = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+    out = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
-        weight = tl.exp2(log - peak)
-        mask = (log != float("-inf"))[:, None] & (dims < V_DIM)[None, :]
+        mask = (split < splits)[:, None] & (dims < V_DIM)[None, :]
         partial_ptrs = partial_ptr + (row * splits + split)[:, None] * V_DIM + dims[None, :]
         partial = tl.load(partial_ptrs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
-        out += tl.sum(partial * weight[:, None], axis=0)
-        total += tl.sum(weight, axis=0)
+        # Not a mask of the load, which would wait for the logarithms.
+        partial = tl.where((log == float("-inf"))[:, None], 0.0, partial)
+        new_peak = tl.maximum(peak, tl.max(log, axis=0))
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight, decay = tl.exp2(log - origin), tl.exp2(peak - origin)
+        out = out * decay + tl.sum(partial * weight[:, None], axis=0)
+        total = total * decay + tl.sum(weight, axis=0)
+        peak = new_peak
     out /= tl.where(total == 0.0, 1.0, total)
     out += missing
 
@@ -91,7 +88,7 @@ def reduce_splits(
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks,
         out if v_rotation is None else v_rotation, out, lens_stride, heads, splits, q_len, max_len,
         ROTATION=rotation.value, HAS_LENS=seq_lens is not None, HAS_SINKS=sinks is not None,
-        V_DIM=dv, HEADS=group, BLOCK_L=min(1024, padded),
+        V_DIM=dv, HEADS=group,
         BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),  # 64 values a thread
         BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
         num_warps=num_warps,
