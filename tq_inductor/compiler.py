@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import fx, nn
 
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
 from .errors import NoAttentionBackendError
+from .lowering.growing_inputs import Split, split_growing_inputs
 from .lowering.length_checks import check_lengths
 from .lowering.rewrite import rewrite
 from .options import PHASES, parse_options
@@ -53,8 +55,20 @@ def turboquant(
         # This pass sinks reads of a cache below the next write, and Inductor then copies the cache.
         patches.setdefault("reorder_for_locality", False)
     check = check_lengths(gm.graph)
-    compiled = torch._inductor.compile(gm, example_inputs, options=patches)  # type: ignore[arg-type]
+    split = None
+    if patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        split = split_growing_inputs(gm, example_inputs)
+    if split is None:
+        compiled = torch._inductor.compile(gm, example_inputs, options=patches)  # type: ignore[arg-type]
+    else:
+        inner = torch._inductor.compile(split.gm, split.example_inputs, options=patches)
+        compiled = _on_fixed_shapes(inner, split)  # type: ignore[arg-type]
     return compiled if check is None else _checked(compiled, check)
+
+
+def _on_fixed_shapes(compiled: Callable[..., Any], split: Split) -> Callable[..., Any]:
+    """`compiled`, on the inputs of the whole graph."""
+    return lambda *args: compiled(*split.inputs_from(args))
 
 
 def _checked(
