@@ -1,8 +1,9 @@
-"""Time one decode attention over packed and 16-bit caches, with cuDNN's bf16 attention beside it.
+"""Time one decode step's attention over packed and 16-bit caches, with cuDNN's bf16 attention beside it.
 
     python benchmarks/bench_decode.py [--out FOLDER] [--commit NAME]
 
-Needs an NVIDIA GPU. Writes `decode.json`: medians of CUDA-graph replays over caches that together
+A step of ours appends the new token, rotates queries and output, and reduces the splits; cuDNN's only
+attends. Needs an NVIDIA GPU. Writes `decode.json`: medians of CUDA-graph replays over caches that together
 exceed the L2 cache, the spread, copy bandwidth, and the ratio of each to cuDNN.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from evidence import RESULTS, copy_bandwidth, environment, replay_times, write_result
@@ -19,45 +20,74 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tq_inductor import KVFormat, PackedKVCache
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SHAPES = ((8, 32768), (1, 32768), (32, 8192), (64, 4096))
-FORMATS = ("k4v4", "k8v4", "k2v2", "bf16")
+
+class Shape(NamedTuple):
+    """Sizes of one attention, one new token for each row of the batch."""
+
+    batch: int
+    length: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+
+FORMATS = ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2", "bf16")
+SHAPES = (
+    *(Shape(*sizes) for sizes in ((8, 32768), (1, 131072), (32, 8192), (64, 4096))),
+    *(Shape(1, length) for length in (2048, 8192, 32768)),
+)
+OTHER_HEADS = (
+    Shape(8, 32768, 28, 4),
+    Shape(8, 32768, 64, 8),
+    Shape(8, 16384, 16, 16),
+    Shape(8, 32768, 32, 8, 64),
+    Shape(8, 16384, 32, 8, 256),
+)
 COLD_BYTES = 256 << 20
+FLOOR_TERABYTES = 4.3  # per second: what cuDNN reads its bytes at
 
 
-def filled_cache(name: str, batch: int, length: int) -> PackedKVCache:
+def filled_cache(name: str, shape: Shape) -> PackedKVCache:
     """A full cache of random bytes: codes of any value, scales of a few magnitudes."""
-    cache = PackedKVCache(batch, KV_HEADS, HEAD_DIM, length, kv_format=name)
+    cache = PackedKVCache(shape.batch, shape.kv_heads, shape.head_dim, shape.length, kv_format=name)
     cache.packed.random_(0, 64)  # as bf16 and as scales these bytes are small finite numbers
-    cache.seq_length.fill_(length)
+    cache.seq_length.fill_(shape.length)
     return cache
 
 
-def time_shape(batch: int, length: int) -> dict[str, Any]:
-    """Times of all formats and of cuDNN for one shape."""
-    q = torch.randn(batch, HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    kv = torch.randn(2, batch, KV_HEADS, length, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+def time_shape(shape: Shape, formats: tuple[str, ...]) -> dict[str, Any]:
+    """Times of `formats` and of cuDNN for one shape."""
+    batch, length, heads, kv_heads, dim = shape
+    q = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    new = torch.randn(batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    nbytes = KVFormat("bf16", dim).cache_bytes(batch, kv_heads, length)
+    copies = range(-(-COLD_BYTES // nbytes))
+    kvs = [
+        torch.randn(2, batch, kv_heads, length, dim, dtype=torch.bfloat16, device="cuda") for _ in copies
+    ]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        peer = replay_times([lambda: scaled_dot_product_attention(q, *kv, enable_gqa=True)])
-    row: dict[str, Any] = {"batch": batch, "length": length, "cudnn_bf16": peer}
-    for name in FORMATS:
-        nbytes = KVFormat(name, HEAD_DIM).cache_bytes(batch, KV_HEADS, length)
-        caches = [filled_cache(name, batch, length) for _ in range(-(-COLD_BYTES // nbytes))]
+        peer = replay_times(
+            [lambda kv=kv: scaled_dot_product_attention(q, *kv, enable_gqa=True) for kv in kvs]
+        )
+    row: dict[str, Any] = {**shape._asdict(), "cudnn_bf16": peer}
+    for name in formats:
+        nbytes = KVFormat(name, dim).cache_bytes(batch, kv_heads, length)
         calls = []
-        for cache in caches:
+        for cache in [filled_cache(name, shape) for _ in range(-(-COLD_BYTES // nbytes))]:
 
-            def attend(cache: PackedKVCache = cache) -> torch.Tensor:
-                return torch.ops.tq_inductor.tq_decode(
-                    q, cache.packed, cache.seq_length, cache.k_rotation, cache.v_rotation, None,
-                    None, None, name, length, HEAD_DIM**-0.5,  # noqa: B023
+            def step(cache: PackedKVCache = cache) -> torch.Tensor:
+                return torch.ops.tq_inductor.tq_append_attend(
+                    cache.packed, q, new, new, cache.seq_length, cache.k_rotation, cache.v_rotation,
+                    None, None, None, name, length, dim**-0.5,  # noqa: B023
                 )  # fmt: skip
 
-            calls.append(attend)
+            calls.append(step)
         times = replay_times(calls)
         times["gigabytes_per_second"] = round(nbytes / times["median_us"] / 1e3, 1)
+        times["share_of_floor"] = round(nbytes / FLOOR_TERABYTES / 1e6 / times["median_us"], 3)
         times["speed_vs_cudnn"] = round(peer["median_us"] / times["median_us"], 3)
         row[name] = times
-        print(f"B{batch} L{length} {name}: {times}", flush=True)
+        print(f"{tuple(shape)} {name}: {times}", flush=True)
     return row
 
 
@@ -68,10 +98,12 @@ def main() -> None:
     parser.add_argument("--commit", help="default: git's")
     args = parser.parse_args()
     result = {
-        "what": f"one decode attention, {HEADS}/{KV_HEADS} heads, D={HEAD_DIM}, full caches, cold L2",
+        "what": "one decode step's attention, append included; full caches, cold L2",
         "environment": environment(args.commit),
         "copy_terabytes_per_second": copy_bandwidth(),
-        "shapes": [time_shape(*shape) for shape in SHAPES],
+        "floor_terabytes_per_second": FLOOR_TERABYTES,
+        "shapes": [time_shape(shape, FORMATS) for shape in SHAPES],
+        "other_heads": [time_shape(shape, ("k4v4",)) for shape in OTHER_HEADS],
     }
     write_result("decode", result, args.out)
 

@@ -27,16 +27,20 @@ def locate_vectors(
     seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Batch row, KV head, token, position, page offset and validity of this program's vectors."""
+    """Batch row, KV head, token, position and page offset of this program's vectors.
+
+    And which exist, which is known before the length is read, and which of these are stored.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = index % new
     head = index // new % kv_heads
     batch = index // new // kv_heads
-    valid = index < vectors
-    length = tl.load(seq_lens_ptr + batch * lens_stride, mask=valid, other=0)
+    exists = index < vectors
+    length = tl.load(seq_lens_ptr + batch * lens_stride, mask=exists, other=0)
     position = length - new + token
-    valid = valid & (position >= 0) & (position < page_size)
-    return batch, head, token, position, batch * cache_stride_b + head * cache_stride_h, valid
+    valid = exists & (position >= 0) & (position < page_size)
+    page = batch * cache_stride_b + head * cache_stride_h
+    return batch, head, token, position, page, exists, valid
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, 
 
 @triton.jit
 def store_vectors(
-    x_ptr, stride_d, rotation_ptr, row_ptr, scale_ptr, valid, BITS: tl.constexpr,
+    x_ptr, stride_d, rotation_ptr, row_ptr, scale_ptr, exists, valid, BITS: tl.constexpr,
     MAGNITUDES: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +68,7 @@ def store_vectors(
     EIGHTH: tl.constexpr = DIM // 8
     OCTANT: tl.constexpr = triton.next_power_of_2(EIGHTH)
     dims = tl.arange(0, triton.next_power_of_2(DIM))
-    mask = valid[:, None] & (dims < DIM)[None, :]
+    mask = exists[:, None] & (dims < DIM)[None, :]
     x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
     largest = tl.max(tl.abs(x.to(tl.float32)), axis=1)  # [vectors]
     divisor = tl.maximum(largest, TINY)
@@ -78,7 +82,7 @@ def store_vectors(
         y = tl.zeros([VECTORS, 8 * OCTANT], tl.float32)
         for start in range(0, DIM, BLOCK_K):
             rows = start + tl.arange(0, BLOCK_K)
-            known = valid[:, None] & (rows < DIM)[None, :]
+            known = exists[:, None] & (rows < DIM)[None, :]
             chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
             chunk = tl.div_rn(chunk.to(tl.float32), divisor[:, None])  # [vectors, BLOCK_K]
             inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
@@ -114,7 +118,7 @@ def store_kernel(
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    batch, head, token, position, page, valid = locate_vectors(
+    batch, head, token, position, page, exists, valid = locate_vectors(
         seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
         BLOCK,
     )  # fmt: skip
@@ -124,26 +128,26 @@ def store_kernel(
         row_ptr = page_ptr + position * (K_DIM * K_BITS // 8)
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
         store_vectors(
-            x_ptr, k_stride_d, k_rotation_ptr, row_ptr, scale_ptr, valid, K_BITS, K_MAGNITUDES,
-            K_UNIT, K_DIM, 1, BLOCK_K,
+            x_ptr, k_stride_d, k_rotation_ptr, row_ptr, scale_ptr, exists, valid, K_BITS,
+            K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
         row_ptr = page_ptr + v_rows_offset + position // GROUP * GROUP * (V_DIM * V_BITS // 8)
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
         store_vectors(
-            x_ptr, v_stride_d, v_rotation_ptr, row_ptr + position % GROUP, scale_ptr, valid, V_BITS,
-            V_MAGNITUDES, V_UNIT, V_DIM, GROUP, BLOCK_K,
+            x_ptr, v_stride_d, v_rotation_ptr, row_ptr + position % GROUP, scale_ptr, exists, valid,
+            V_BITS, V_MAGNITUDES, V_UNIT, V_DIM, GROUP, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
-def copy_vectors(x_ptr, stride_d, row_ptr, valid, DIM: tl.constexpr):
+def copy_vectors(x_ptr, stride_d, row_ptr, exists, valid, DIM: tl.constexpr):
     """Convert vectors at `x_ptr` [vectors] to the type of, and write them to, `row_ptr`."""
     dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
-    mask = valid[:, None] & (dims < DIM)
-    x = tl.load(x_ptr[:, None] + dims * stride_d, mask=mask, other=0.0)
-    tl.store(row_ptr[:, None] + dims, x.to(row_ptr.dtype.element_ty), mask=mask)
+    inside = dims < DIM
+    x = tl.load(x_ptr[:, None] + dims * stride_d, mask=exists[:, None] & inside, other=0.0)
+    tl.store(row_ptr[:, None] + dims, x.to(row_ptr.dtype.element_ty), mask=valid[:, None] & inside)
 
 
 @triton.jit
@@ -154,7 +158,7 @@ def store_lossless_kernel(
     v_rows_offset, vectors, kv_heads, new, page_size,
     ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch, head, token, position, page, valid = locate_vectors(
+    batch, head, token, position, page, exists, valid = locate_vectors(
         seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
         BLOCK,
     )  # fmt: skip
@@ -162,11 +166,11 @@ def store_lossless_kernel(
     if tl.program_id(1) == 0:
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
         row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + position * K_DIM
-        copy_vectors(x_ptr, k_stride_d, row_ptr, valid, K_DIM)
+        copy_vectors(x_ptr, k_stride_d, row_ptr, exists, valid, K_DIM)
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
         row_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(ROW_DTYPE)) + position * V_DIM
-        copy_vectors(x_ptr, v_stride_d, row_ptr, valid, V_DIM)
+        copy_vectors(x_ptr, v_stride_d, row_ptr, exists, valid, V_DIM)
 
 
 def store(
