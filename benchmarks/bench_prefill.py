@@ -34,6 +34,7 @@ class Case:
     start: int = 0
     padding: int = 0
     window: int = 0
+    key_mask: bool = False  # padding is also given as a mask over keys, as the compiler does
 
     def bounds(self) -> torch.Tensor:
         """int32 `[B, q, 2]`."""
@@ -55,6 +56,7 @@ CASES = (
     Case("first chunk into a static cache", 1, 4096, 32768),
     Case("second chunk into a static cache", 1, 4096, 32768, start=4096),
     Case("left padding, half", 8, 2048, 2048, padding=1024),
+    Case("left padding, half, as a mask over keys", 8, 2048, 2048, padding=1024, key_mask=True),
     Case("sliding window of 1024", 1, 16384, 16384, window=1024),
 )
 
@@ -66,9 +68,11 @@ def measure(case: Case) -> dict[str, Any]:
         for heads, n in ((HEADS, case.q_len), (KV_HEADS, case.kv_len), (KV_HEADS, case.kv_len))
     )
     bounds, mask = case.bounds(), case.mask()
+    keys = (torch.arange(case.kv_len, device="cuda") >= case.padding).expand(case.batch, 1, 1, -1)
 
     def ours() -> torch.Tensor:
-        return torch.ops.tq_inductor.attend(q, k, v, None, bounds, None, HEAD_DIM**-0.5, "triton")  # type: ignore[no-any-return]
+        of_keys = keys if case.key_mask else None
+        return torch.ops.tq_inductor.attend(q, k, v, of_keys, bounds, None, HEAD_DIM**-0.5, "triton")  # type: ignore[no-any-return]
 
     def dense() -> torch.Tensor:
         group = HEADS // KV_HEADS

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..attention.call import MAX_DECODE_QUERIES, AttentionCall
 from .find_calls import SDPANode, static_size, value_of
 from .kv_source import COMPUTED_HERE, PackedSource, origin_of
-from .mask_form import MaskForm, name_of, static_end
+from .mask_form import MaskForm, is_plain_causal, name_of, static_end
 from .visibility import Visibility
 from .writes import Writes
 
@@ -49,6 +49,7 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
         visible=_words(found),
         bounded=_is_bounded(found) and visibility.can_build(sdpa, form),
+        interval=_is_interval(found) and visibility.can_build(sdpa, form),
         is_causal=sdpa.is_causal is not False,
         dropout=sdpa.dropout_p,
         sinks=sdpa.sinks is not None,
@@ -138,6 +139,13 @@ def _is_bounded(found: Found) -> bool:
         and not statically_known_true(q_len == kv_len)
     )
     return few and _hides_keys(form)
+
+
+def _is_interval(found: Found) -> bool:
+    """Whether interval and keys are all of the mask, and SDPA has no flag that says it."""
+    q_len, kv_len = (value_of(n).shape[-2] for n in (found.sdpa.query, found.key))
+    form = found.form
+    return form.exact and form != MaskForm() and not is_plain_causal(form, q_len, kv_len)
 
 
 def _hides_keys(form: MaskForm) -> bool:

@@ -82,6 +82,8 @@ def _without(gm: fx.GraphModule, left_out: set[fx.Node], mask: fx.Node, result: 
     graph.lint()
     rest = fx.GraphModule(gm, graph)
     rest.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):  # with `_dynamo_source`, how AOTAutograd knows static inputs
+        rest._param_name_to_source = gm._param_name_to_source  # type: ignore[assignment]
     return rest
 
 

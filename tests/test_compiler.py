@@ -1,5 +1,6 @@
 """The compiler: entry point, options, the rewritten graph, refusals, reports."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -262,6 +263,33 @@ def test_choice_for_simulated_gpus(capability):
     assert choice.backend == ("turboquant" if capability >= (8, 0) else "sdpa")
     if capability < (8, 0):
         assert choice.not_chosen["turboquant"] == ["compute capability (7, 5) (needs at least (8, 0))"]
+
+
+def gpu_prefill(**facts):
+    shapes = (8, 2048, 2048, 32, 8, 128, 128, torch.bfloat16, "cuda", (9, 0), "bool")
+    return AttentionCall(*shapes, **{"visible": "causal + padding", "interval": True, **facts})
+
+
+@pytest.mark.parametrize(
+    ("facts", "backend", "reason"),
+    [
+        ({}, "triton", ""),
+        ({"q_len": None, "kv_len": None}, "triton", ""),
+        ({"interval": False}, "sdpa", "every key is visible to some query"),
+        ({"interval": False, "bounded": True}, "sdpa", "q_len=2048 (at most 128) with a mask that is no"),
+        ({"interval": False, "bounded": True, "q_len": 128}, "triton", ""),
+        ({"dtype": torch.float32}, "sdpa", "q_len=2048 (at most 128) in float32"),
+        ({"device": "cpu", "capability": None}, "sdpa", "every key is visible to some query"),
+        ({"capability": (7, 5)}, "sdpa", "compute capability (7, 5) (needs at least (8, 0))"),
+        ({"needs_grad": True}, "sdpa", "a gradient is needed"),
+        ({"sinks": True, "needs_grad": True}, "none", "a gradient is needed"),
+        ({"softcap": 30.0}, "none", "softcap=30.0"),
+    ],
+)
+def test_choice_for_masked_prefill(facts, backend, reason):
+    choice = select(dataclasses.replace(gpu_prefill(), **facts))
+    assert choice.backend == backend
+    assert reason in "; ".join(choice.not_chosen.get("triton", []))
 
 
 def test_sub_graphs_are_rewritten():

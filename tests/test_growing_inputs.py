@@ -43,6 +43,8 @@ def test_decode_graphs_of_generate_get_fixed_shapes_only():
         if split is None:
             shapes.append(None)
             return gm.forward
+        assert split.gm._param_name_to_source is gm._param_name_to_source  # or no input counts as static
+        assert all(hasattr(n, "_dynamo_source") for n in split.gm.graph.find_nodes(op="placeholder"))
         shapes.append(any(not isinstance(x, torch.Tensor) for x in split.example_inputs))
         return lambda *args: split.gm(*split.inputs_from(args))
 

@@ -10,8 +10,8 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
 - `seq_lens`: int64 `[]` or `[B]`, tokens in each row, on the device; *after* the append for ops that
   append, which put their tokens at positions `seq_lens - q .. seq_lens - 1` and skip those that fall
   outside the page. A row with more than `max_len` tokens has lost some: it reads as NaN.
-- `k_rotation`, `v_rotation`: float32 `[D, D]`, `rotation_matrix(D)`; for a lossless format only
-  their sizes are used.
+- `k_rotation`, `v_rotation`: float32 `[D, D]`, `rotation_matrix(D)` and nothing else (kernels know its
+  structure); for a lossless format only their sizes are used.
 - `attn_mask`: bool or float, broadcastable to `[B, H, q, max_len]`. It alone decides what is visible;
   slots past `seq_lens` are keys and values of zeros, as in SDPA over what `tq_dequantize` returns.
 - `bounds`: int32, broadcastable to `[B, q, 2]`: of the keys that the mask lets through, query i of row b

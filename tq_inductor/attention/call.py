@@ -25,6 +25,8 @@ class AttentionCall:
         visible: what the mask says, in words, e.g. "causal + padding".
         bounded: whether keys at either end may be hidden from all queries, as the empty slots of a
             static cache are, by an amount that only the device knows.
+        interval: whether the mask is wholly an interval of keys per query and a mask over keys, and more
+            than plain causal.
         is_causal: SDPA's flag, which aligns query 0 with key 0 (top-left).
         dropout: probability.
         sinks: whether one more score per head, without a value, takes part in the softmax.
@@ -50,6 +52,7 @@ class AttentionCall:
     mask: str = "none"
     visible: str = "none"
     bounded: bool = False
+    interval: bool = False
     is_causal: bool = False
     dropout: float = 0.0
     sinks: bool = False

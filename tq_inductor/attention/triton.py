@@ -9,14 +9,16 @@ import torch
 
 from .call import AttentionCall
 
-MAX_QUERIES = 128  # on a GPU: a kernel for few queries; each block of them reads the keys once
+MAX_QUERIES = 128  # on a GPU, with a mask that is no interval: it would be read for every block of queries
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why this call cannot or should not run on our kernel; empty if it can."""
     reasons = list(call.obstacles)
-    if not call.bounded and not call.sinks:
+    # On a GPU SDPA has to be given an interval as a dense mask: benchmarks/results/prefill.json.
+    masked = call.device == "cuda" and call.interval
+    if not (call.bounded or call.sinks or masked):
         reasons.append(
             f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
         )
@@ -32,11 +34,12 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"dtype {call.dtype} (supported: {', '.join(map(str, DTYPES))})")
     if call.device not in ("cpu", "cuda"):
         reasons.append(f"device {call.device} (supported: cpu, cuda)")
-    if call.device == "cuda":
-        if call.q_len is None:
-            reasons.append("q_len is not known at compile time")
-        elif call.q_len > MAX_QUERIES:
-            reasons.append(f"q_len={call.q_len} (at most {MAX_QUERIES})")
+    if call.device == "cuda" and (call.q_len is None or call.q_len > MAX_QUERIES):
+        q_len = "unknown" if call.q_len is None else call.q_len
+        if not (call.interval or call.mask == "none"):
+            reasons.append(f"q_len={q_len} (at most {MAX_QUERIES}) with a mask that is no interval")
+        if call.dtype == torch.float32:
+            reasons.append(f"q_len={q_len} (at most {MAX_QUERIES}) in float32")
     if call.capability is not None and call.capability < (8, 0):
         reasons.append(f"compute capability {call.capability} (needs at least (8, 0))")
     return reasons
