@@ -3,7 +3,7 @@
     python tests/architecture_runs.py [--write] [NAME...]
 
 runs all architectures, or those named, and prints the table. `--write` puts it into the documentation, and
-what it is made from into `tests/architecture_decisions.json`, with which `test_architectures.py` compares; the
+what it is made from into `tests/architecture_decisions.json`, with which `test_architectures.py` compares;
 rows of architectures that are not named stay.
 """
 
@@ -70,13 +70,14 @@ class Run:
         return not self.error and not self.breaks and len(set(self.graphs[2:])) <= 1
 
     def equals(self, other: Run) -> bool:
-        """Tokens exactly, floats to 1e-4 of the largest, wherever the other is finite."""
-        pairs = list(zip(self.tensors, other.tensors, strict=True))
+        """Whether tokens are the same, and floats to 1e-4 of the largest where the other's are finite."""
+        if len(self.tensors) != len(other.tensors):
+            return False
         return all(
             torch.equal(a, b)
             if not b.is_floating_point()
             else bool((a - b)[b.isfinite()].abs().max() <= 1e-4 * b[b.isfinite()].abs().max())
-            for a, b in pairs
+            for a, b in zip(self.tensors, other.tensors, strict=True)
         )
 
 
@@ -197,11 +198,13 @@ def compare(architecture: Architecture, name: str) -> Comparison:
     backend = Recorder()
     rewritten, uncompiled = run(architecture, name, backend), run(architecture, name)
     plain, fault = None, rewritten.error
-    right = rewritten.error or rewritten.equals(uncompiled)
-    if not (rewritten.smooth and right):
+    right = not rewritten.error and rewritten.equals(uncompiled)
+    if not (right and rewritten.smooth):
         plain = run(architecture, name, Recorder(rewriting=False))
-    if not right:
-        fault = "the model gives other values when it is compiled, by any backend"
+        if not (right or rewritten.error):
+            fault = "the model gives other values when it is compiled"
+        if rewritten.error != plain.error or not (rewritten.error or rewritten.equals(plain)):
+            fault = f"by the rewriting only: {fault}"
     record = {
         "fault": fault,
         "graphs": rewritten.graphs,
