@@ -224,14 +224,17 @@ def decisions(graphs: list[list[CallRow]], in_first_call: int) -> list[list[Any]
     return [[step, len(calls), what, text] for (step, what, text), calls in found.items()]
 
 
+LEFT = ("sdpa", "none")  # backends of calls that are PyTorch's, or that nobody understood
+
+
 def outcome(row: CallRow) -> str:
     """The backend; of SDPA whether the call is a simpler one now, or was left."""
-    return row.backend if row.backend != "sdpa" else "simpler sdpa" if row.rewritten else "left"
+    return row.backend if row.backend not in LEFT else "simpler sdpa" if row.rewritten else "left"
 
 
 def explanation(row: CallRow) -> str:
-    """A footnote: what was found, and for SDPA the reasons against each other backend."""
-    why = row.not_chosen if row.backend == "sdpa" else {}
+    """A footnote: what was found, and unless the call has a backend of ours the reasons against each."""
+    why = row.not_chosen if row.backend in LEFT else {}
     found = f"Mask: {row.mask}; keys and values: {row.kv_source}."
     return " ".join([found, *(f"Not {name}: {'; '.join(reasons)}." for name, reasons in why.items())])
 
