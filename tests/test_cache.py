@@ -323,6 +323,24 @@ def test_mixed_layers():
     generate(model, cache, padded_batch())
 
 
+def test_layers_with_keys_of_different_sizes():
+    sizes = {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+    }
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    model = build("gemma4_text", torch.float32, **sizes, **per_layer, **layers)
+    cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device="cpu")
+    sliding, packed = cache.layers
+    assert sliding.keys.shape == (2, 2, 8, 16)
+    assert packed.nbytes == KVFormat("k4v4", 32).cache_bytes(2, 1, MAX_LEN)
+    expected = generate(model, TurboQuantCache(model.config, MAX_LEN), padded_batch())
+    assert torch.equal(generate(model, cache, padded_batch()), expected)
+
+
 def test_a_sliding_only_model_is_not_packed():
     model = build("mistral", sliding_window=6)
     cache = TurboQuantCache(model.config, MAX_LEN)

@@ -29,6 +29,14 @@ log = logging.getLogger("tq_inductor.cache")
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
 
 
+def _head_dim(layer: PretrainedConfig) -> int | None:
+    """Values per key of a layer, by its config (Gemma 4's layers differ); None if it has no attention."""
+    if getattr(layer, "head_dim", None):
+        return layer.head_dim
+    heads = getattr(layer, "num_attention_heads", None)
+    return layer.hidden_size // heads if heads else None
+
+
 class TurboQuantCache(Cache):
     """A transformers cache that keeps keys and values in TurboQuant form.
 
@@ -65,10 +73,9 @@ class TurboQuantCache(Cache):
             raise UnsupportedModelError(
                 f"{type(config).__name__} has no num_hidden_layers: pass the config of a decoder model"
             )
-        head_dim = getattr(decoder, "head_dim", None)
-        if not head_dim and getattr(decoder, "num_attention_heads", None):
-            head_dim = decoder.hidden_size // decoder.num_attention_heads
-        kv_format = KVFormat(kv_format, head_dim or 128).name  # refuses here what cannot be stored
+        head_dims = [_head_dim(layer) for layer in decoder.per_layer_config]
+        for head_dim in set(head_dims):
+            kv_format = KVFormat(kv_format, head_dim or 128).name  # refuses here what cannot be stored
         layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
         skipped = self._skipped(skip_layers, len(layers))
         sixteen_bit = SIXTEEN_BIT.get(dtype or getattr(decoder, "dtype", None) or torch.bfloat16, "bf16")
@@ -94,13 +101,14 @@ class TurboQuantCache(Cache):
         if max_batch_size is not None and not latent:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or getattr(decoder, "dtype", None) or torch.get_default_dtype()
-            num_kv_heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
-            shape = (max_batch_size, num_kv_heads, 0, head_dim or 0)
-            empty = torch.empty(shape, dtype=dtype, device=device)
             # Configs of multi-query models do not say by one name how many heads they cache.
             known = not getattr(decoder, "multi_query", False)
-            for layer in (x for x in layers if known and isinstance(x, TurboQuantLayer | SlidingLayer)):
-                layer.lazy_initialization(empty, empty)
+            for layer, sizes, head_dim in zip(layers, decoder.per_layer_config, head_dims, strict=False):
+                if known and isinstance(layer, TurboQuantLayer | SlidingLayer):
+                    heads = getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads
+                    shape = (max_batch_size, heads, 0, head_dim or 0)
+                    empty = torch.empty(shape, dtype=dtype, device=device)
+                    layer.lazy_initialization(empty, empty)
 
     @staticmethod
     def _skipped(skip_layers: Iterable[int], num_layers: int) -> set[int]:
