@@ -86,10 +86,9 @@ def _obstacles(found: Found) -> list[str]:
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[tuple[Any, Any]]:
-    """Pairs of sizes that must be equal, and of remainders that must be 0."""
+    """Pairs of sizes that must be equal, and of remainders that must be 0, where SDPA would broadcast."""
     pairs = [(x.shape[0], q.shape[0]) for x in (k, v)]
-    pairs += [(q.shape[1] % k.shape[1], 0), (k.shape[1], v.shape[1])]
-    return [*pairs, (k.shape[2], v.shape[2]), (q.shape[3], k.shape[3])]
+    return [*pairs, (q.shape[1] % k.shape[1], 0), (k.shape[1], v.shape[1])]
 
 
 def _shape(x: torch.Tensor) -> str:

@@ -135,7 +135,7 @@ def _extends_an_input(node: fx.Node) -> bool:
     first = parts[0] if isinstance(parts, tuple | list) and parts else None
     while isinstance(first, fx.Node) and _is_view(first):
         first = first.args[0]  # type: ignore[assignment]
-    return isinstance(first, fx.Node) and first.op in ("placeholder", "get_attr")
+    return isinstance(first, fx.Node) and _may_be_state(first)
 
 
 def _uses_cache(node: fx.Node, sdpa: SDPANode, writes: Writes) -> bool:
@@ -145,11 +145,18 @@ def _uses_cache(node: fx.Node, sdpa: SDPANode, writes: Writes) -> bool:
         level = [x for n in level for x in n.all_input_nodes if x not in seen]
         seen.update(level)
         for x in level:
-            if x.op in ("placeholder", "get_attr") and writes.between(x, sdpa.node, x):
+            if _may_be_state(x) and writes.between(x, sdpa.node, x):
                 return True
             if _extends_an_input(x):
                 return True
     return False
+
+
+def _may_be_state(node: fx.Node) -> bool:
+    """Whether an input may hold tokens of earlier steps: no parameter, no length."""
+    value = value_of(node)
+    is_input = node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor)
+    return is_input and value.dim() >= 3 and not isinstance(value, torch.nn.Parameter)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .find_calls import SPELLED_OTHERWISE, value_of
 from .graph_writer import GraphWriter
 from .left_alone import LeftAloneError
 from .operations import same_sizes
+
+BROADCASTING = (torch.add, torch.mul, torch.where, torch.logical_and)
 
 
 class NewNodes:
@@ -28,7 +32,13 @@ class NewNodes:
         self._writer = GraphWriter(before.graph, before)
 
     def __call__(self, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert a call of a function, or of a tensor's method; its value comes from the fake values."""
+        """Insert a call of a function, or of a tensor's method; its value comes from the fake values.
+
+        Raises:
+            LeftAloneError: operands whose sizes are not known to fit: running it would add a guard.
+        """
+        if function in BROADCASTING:
+            _check_sizes([v.shape for v in map(value_of, args) if isinstance(v, torch.Tensor)])
         with self.before.graph.inserting_before(self.before):
             node = self._writer.call(function, *args, **kwargs)
         if function is F.scaled_dot_product_attention:
@@ -41,6 +51,17 @@ class NewNodes:
         for node in reversed(self._inserted):
             if not node.users:
                 self.before.graph.erase_node(node)
+
+
+def _check_sizes(shapes: list[torch.Size]) -> None:
+    for a, b in itertools.combinations(shapes, 2):
+        for x, y in zip(reversed(a), reversed(b), strict=False):
+            if not (_is_one(x) or _is_one(y) or statically_known_true(x == y)):
+                raise LeftAloneError(f"sizes {x} and {y} are not known to be equal")
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def in_layout_of(old: fx.Node, result: fx.Node, new: NewNodes) -> fx.Node:

@@ -1,0 +1,57 @@
+"""Which graphs may become CUDA graphs although they hold prefill attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tq_inductor.lowering.kept_state import keeps_keys
+from tq_inductor.lowering.rewrite import rewrite
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from tq_inductor import TurboQuantCache
+
+IDS = torch.randint(3, 99, (2, 20))
+
+
+def small(name, auto=AutoModelForCausalLM, **config):
+    config = {
+        "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "vocab_size": 99, **config,
+    }  # fmt: skip
+    return auto.from_config(AutoConfig.for_model(name, **config)).eval()
+
+
+def keeps(model, *args, **kwargs):
+    found = []
+
+    def backend(gm, example_inputs):
+        rewrite(gm, {"prefill": "auto", "decode": "auto"})
+        found.append(keeps_keys(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+    return found == [True]
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "turboquant"])
+def test_prefill_into_a_cache_keeps_keys(kind, initialised):
+    model = small("llama", num_key_value_heads=2)
+    cache = {
+        "static": lambda: StaticCache(config=model.config, max_cache_len=32),
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "turboquant": lambda: TurboQuantCache(model.config, 32),
+    }[kind]()
+    if initialised and kind != "dynamic":
+        cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    assert keeps(model, IDS, past_key_values=cache)
+    assert keeps(model, IDS)  # a DynamicCache is returned
+
+
+def test_encoders_keep_nothing():
+    assert not keeps(small("bert", AutoModel), IDS, attention_mask=torch.ones_like(IDS))
+    assert not keeps(small("llama", num_key_value_heads=2), IDS, use_cache=False)
+    vit = small("vit", AutoModel, image_size=32, patch_size=8)
+    assert not keeps(vit, torch.randn(1, 3, 32, 32))
