@@ -15,7 +15,8 @@ from .kv_source import OPS, calls_op
 from .writes import storages, written
 
 RESHAPING = (
-    "reshape", "view", "expand", "getitem", "transpose", "contiguous", "clone", "repeat_interleave", "repeat",
+    "reshape", "view", "expand", "getitem", "transpose", "contiguous", "clone", "repeat",
+    "repeat_interleave",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ asks here whether its memory changed meanwhile.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ def written(node: fx.Node) -> list[fx.Node]:
     if isinstance(target, torch._ops.HigherOrderOperator) or "out" in node.kwargs:
         return node.all_input_nodes
     name = getattr(target, "__name__", "")
-    return node.all_input_nodes if name in IN_PLACE_OPERATORS or name.endswith("_") else []
+    in_place = name in IN_PLACE_OPERATORS or (
+        name.endswith("_") and target not in (operator.and_, operator.or_)
+    )
+    return node.all_input_nodes if in_place else []
 
 
 class Writes:
