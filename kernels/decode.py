@@ -143,8 +143,6 @@ def attend_tile(
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
     origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(scores - origin[:, None])  # [BLOCK_M, BLOCK_N]
-    if not PACKED:  # rounded once, for the sum as for the product
-        weights = weights.to(OPERAND).to(tl.float32)
     decay = tl.exp2(peak - origin)
     total = total * decay + tl.sum(weights, axis=1)
     acc = acc * decay[:, None]

@@ -439,7 +439,7 @@ def check_attend(case: Case, device: str) -> None:
     with nan_filled_memory():
         actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale)
     assert actual.dtype == case.dtype
-    assert_close(actual, expected, case.dtype)
+    assert_close(actual, expected, case.dtype, roundings=2)  # the weights, the result
 
 
 def float64_attention(q, k, v, mask, bounds, sinks, scale) -> torch.Tensor:
