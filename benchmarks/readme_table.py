@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from tq_inductor import KVFormat
 
@@ -36,7 +37,38 @@ def table() -> str:
             quality += f" ({100 * row['more_than_bf16'] / reading['bf16']['bits_per_byte']:+.1f}%)"
         memory = f"{1 / fmt.compression:.2f}x"
         lines.append(f"| {name} | {fmt.slot_bytes} | {memory} | {quality} | {time:.0f} µs |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_steps(), "", *_prefill()]) + "\n"
+
+
+def _steps() -> list[str]:
+    """Whole decode steps of a transformers model."""
+    steps = _result("step")["steps"]
+    lines = [
+        "| a whole decode step: transformers' Llama, 16 layers, hidden size 4096, batch 8 | ms | floor |",
+        "|---|---|---|",
+    ]
+    names = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
+    for row in steps:
+        what = f"{names[row['cache']]}, {row['tokens']:,} tokens in {row['max_cache_len']:,} slots"
+        lines.append(f"| {what} | {row['median_ms']:.1f} | {row['floor_ms']:.1f} |")
+    return lines
+
+
+def _prefill() -> list[str]:
+    """Prefill attention with masks."""
+    lines = ["| prefill attention, 32/8 heads | ours | SDPA with the mask | |", "|---|---|---|---|"]
+    for case in _result("prefill")["cases"]:
+        ours, theirs = (case[way]["median_us"] / 1e3 for way in ("attend", "sdpa_with_mask"))
+        if case["name"] != "plain causal":  # there SDPA needs no mask
+            what = (
+                f"{case['name']}: batch {case['batch']}, {case['q_len']:,} queries, {case['kv_len']:,} keys"
+            )
+            lines.append(f"| {what} | {ours:.2f} ms | {theirs:.2f} ms | {theirs / ours:.1f}x |")
+    return lines
+
+
+def _result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def with_table(readme: str) -> str:
