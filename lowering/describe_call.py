@@ -148,7 +148,7 @@ def _is_interval(found: Found) -> bool:
 
 
 def _hides_keys(form: MaskForm) -> bool:
-    return form.keys is not None or (bool(form.rest) and not form.bias)
+    return not form.bias and (form.keys is not None or bool(form.rest))
 
 
 def _source_name(found: Found, writes: Writes) -> str:

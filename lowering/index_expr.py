@@ -47,7 +47,10 @@ class Element:
 
 @dataclass(frozen=True)
 class Apply:
-    """`add`, `mul`, `le`, `eq`, `not`, `and`, `or`, `where`, `max`, `min` of expressions."""
+    """`add`, `mul`, `le`, `eq`, `not`, `and`, `or`, `where`, `max`, `min` of expressions.
+
+    "float add" and "float mul" are of floating-point values and stay as they are written.
+    """
 
     op: str
     args: tuple[Expr, ...]

@@ -37,6 +37,7 @@ NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
     "rsub": lambda a, b: b - a,
     "mul": lambda a, b: a * b,
 }
+FLOAT_OPS = {"add": "float add", "mul": "float mul"}  # kept apart from sums of integers
 SPELLED = {"subtract": "sub", "multiply": "mul", "negative": "neg"}
 
 
@@ -149,8 +150,13 @@ def _of_integers(name: str, a: Expr, b: Expr) -> Expr:
 
 def _of_floats(name: str, a: Expr, b: Expr, out: torch.dtype) -> Expr:
     function = NUMBERS[name]
-    if isinstance(b, Constant):
-        return of_choices(lambda x: rounded(function(x, b.value), out), a)
-    if isinstance(a, Constant):
-        return of_choices(lambda x: rounded(function(a.value, x), out), b)
-    raise NotReadable
+    try:
+        if isinstance(b, Constant):
+            return of_choices(lambda x: rounded(function(x, b.value), out), a)
+        if isinstance(a, Constant):
+            return of_choices(lambda x: rounded(function(a.value, x), out), b)
+    except NotReadable:
+        pass  # of a tensor's values: kept as it is
+    if name not in FLOAT_OPS:
+        raise NotReadable
+    return ix.Apply(FLOAT_OPS[name], (a, b))

@@ -8,7 +8,7 @@ mask over keys; packed documents and whatever else is "the rest", for which the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import index_expr as ix
 from .find_calls import SDPANode, value_of
-from .index_expr import BATCH, KEY, QUERY, Apply, Constant, Element, Expr, Index
+from .index_expr import BATCH, HEAD, KEY, QUERY, Apply, Constant, Element, Expr, Index
 from .read_mask import ZERO, MaskReader, is_one
 
 EVERYTHING = Constant(2**31 - 1)  # as an upper end: all keys
@@ -32,7 +32,7 @@ class MaskForm:
         lower, upper: the first visible key and one past the last, over (batch, query); None: no limit.
         keys: truth value over (batch, key); None: all.
         rest: conditions over query and key together that are not intervals.
-        bias: whether numbers are added to the scores that are not 0 or -inf.
+        bias: what is added to the scores that is neither 0 nor -inf, term by term.
         soft: whether hidden keys get a large negative number rather than -inf, so that a query that
             sees nothing attends to everything.
     """
@@ -41,7 +41,7 @@ class MaskForm:
     upper: Expr | None = None
     keys: Expr | None = None
     rest: tuple[Expr, ...] = ()
-    bias: bool = False
+    bias: tuple[Expr, ...] = ()
     soft: bool = False
 
     @property
@@ -56,7 +56,8 @@ def mask_form(sdpa: SDPANode, reader: MaskReader) -> MaskForm:
     formula: Expr = ix.TRUE
     if sdpa.is_causal is True:  # SDPA's flag aligns query 0 with key 0
         formula = ix.at_most(Index(KEY), Index(QUERY))
-    bias = soft = False
+    bias: tuple[Expr, ...] = ()
+    soft = False
     if sdpa.attn_mask is not None:
         mask = value_of(sdpa.attn_mask)
         axes = range(4 - mask.dim(), 4)
@@ -65,33 +66,29 @@ def mask_form(sdpa: SDPANode, reader: MaskReader) -> MaskForm:
         if mask.dtype == torch.bool:
             formula = ix.and_(formula, read)
         else:
-            visible = _where_not_hidden(read)
-            if visible is None:
-                return MaskForm(bias=True)
+            visible, bias = _visible_and_bias(read)
             soft = sdpa.sinks is None and _is_soft(read)  # with sinks, a row that sees nothing gives zeros
             formula = ix.and_(formula, visible)
-    form = _classify(formula, q_len, kv_len)
-    if soft and not _never_empty(form, q_len, kv_len):
-        return MaskForm(form.lower, form.upper, form.keys, form.rest, bias, soft=True)
-    return form
+    form = replace(_classify(formula, q_len, kv_len), bias=bias)
+    return replace(form, soft=soft and not _never_empty(form, q_len, kv_len))
 
 
-def _where_not_hidden(x: Expr) -> Expr | None:
-    """The truth value of "0 is added" if nothing but 0 and (nearly) -inf is ever added."""
-    if isinstance(x, Constant):
-        if x.value == 0:
-            return ix.TRUE
-        return ix.FALSE if x.value <= NEVER_VISIBLE else None
+def _visible_and_bias(x: Expr) -> tuple[Expr, tuple[Expr, ...]]:
+    """What is added to a score: where it is not (nearly) -inf, and the terms that are not 0 there."""
+    if isinstance(x, Constant) and (x.value == 0 or x.value <= NEVER_VISIBLE):
+        return Constant(x.value == 0), ()
     if isinstance(x, Apply) and x.op == "where":
-        a, b = (_where_not_hidden(branch) for branch in x.args[1:])
-        return None if a is None or b is None else ix.where(x.args[0], a, b)
-    return None
+        (a, a_bias), (b, b_bias) = (_visible_and_bias(branch) for branch in x.args[1:])
+        return ix.where(x.args[0], a, b), a_bias + b_bias
+    if isinstance(x, Apply) and x.op == "float add":
+        (a, a_bias), (b, b_bias) = map(_visible_and_bias, x.args)
+        return ix.and_(a, b), a_bias + b_bias
+    return ix.TRUE, (x,)
 
 
 def _is_soft(x: Expr) -> bool:
     return any(
-        isinstance(part, Constant) and isinstance(part.value, float) and -float("inf") < part.value < 0
-        for part in ix.walk(x)
+        isinstance(part, Constant) and -float("inf") < part.value <= NEVER_VISIBLE for part in ix.walk(x)
     )
 
 
@@ -251,7 +248,9 @@ def name_of(form: MaskForm, mask: Any, q_len: Any, kv_len: Any) -> str:
         names.append("padding")
     if any(_is_documents(part) for part in form.rest):
         names.append("packed documents")
-    if form.bias or form.soft:
+    if form.bias:
+        names.append("ALiBi" if all(map(_is_alibi, form.bias)) else "float")
+    elif form.soft:
         names.append("float")
     elif any(not _is_documents(part) for part in form.rest):
         names.append("bool" if value_of(mask).dtype == torch.bool else "float")
@@ -266,6 +265,14 @@ def _window_name(form: MaskForm, lower: tuple[int, Any] | None) -> str:
     if lower is None:
         return "first key"
     return f"at most {-lower[1]} back" if lower[0] == 1 else f"keys from {lower[1]}"
+
+
+def _is_alibi(x: Expr) -> bool:
+    """`slope[head] * distance`: a number per head times one that depends on the key's place."""
+    if not isinstance(x, Apply) or x.op != "float mul":
+        return False
+    slope, distance = sorted(x.args, key=lambda part: KEY in ix.axes(part))
+    return ix.axes(slope) == {HEAD} and KEY in ix.axes(distance) and HEAD not in ix.axes(distance)
 
 
 def _is_documents(x: Expr) -> bool:

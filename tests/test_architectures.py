@@ -49,7 +49,6 @@ def test_a_lossless_cache_gives_transformers_own_tokens(name):
     ("name", "run_name"),
     [
         ("gemma3_text", "TurboQuantCache"),
-        ("qwen3_next", "TurboQuantCache"),
         ("whisper", "TurboQuantCache"),
         ("gpt_oss", "StaticCache"),
         ("bloom", "StaticCache"),

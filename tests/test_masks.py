@@ -181,7 +181,16 @@ FAMILIES = {
     "masked_fill": (lambda q, k: torch.zeros(q, k).masked_fill(~arange_mask(q, k, 0), float("-inf")),
                     (), 6, 6, "causal"),
     "finite padding": (bert, (PADDING,), 3, 6, "float"),
-    "alibi": (alibi, (torch.tensor([0.5, 0.25]),), 6, 6, "float"),
+    "alibi": (alibi, (torch.tensor([0.5, 0.25]),), 6, 6, "causal + ALiBi"),
+    "alibi, by distance": (
+        lambda q, k, s: torch.where(
+            arange_mask(q, k, 0), (torch.arange(k) - torch.arange(q)[:, None]) * s[:, None, None],
+            float("-inf")),
+        (torch.tensor([0.5, 0.25]),), 6, 6, "causal + ALiBi"),
+    "alibi over a static cache": (
+        lambda q, k, s, n: s[:, None, None] * torch.arange(k) + torch.where(
+            torch.arange(k) < n, 0.0, float("-inf")),
+        (torch.tensor([0.5, 0.25]), torch.tensor(4)), 1, 6, "key length + ALiBi"),
     "values": (lambda q, k, x: x[:, None] > 0.5, (torch.rand(B, 6, 6),), 6, 6, "bool"),
     "scores": (lambda q, k, x: x[:, None], (torch.randn(B, 6, 6),), 6, 6, "float"),
 }  # fmt: skip
