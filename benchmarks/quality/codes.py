@@ -106,7 +106,7 @@ def _nearest(x: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 @cache
 def vector_codebook(bits: int, group: int) -> torch.Tensor:
-    """Points `[2**(bits * group), group]` fitted to a normal distribution by k-means; the same in every run."""
+    """Points `[2**(bits * group), group]` fitted to a normal distribution by k-means, always the same."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(VECTOR_SAMPLES, group, generator=generator)
     points = x[: 2 ** (bits * group)].clone()

@@ -46,13 +46,18 @@ class Sample:
 
 
 class Reader:
-    """Attention of every layer through a cache of `scheme`; passed to the model's forward."""
+    """Attention of every layer through a cache of `scheme`; passed to the model's forward.
+
+    `samples`, one per layer, are what a balance is computed from; other schemes need none.
+    """
 
     def __init__(self, scheme: Scheme, model: PreTrainedModel, samples: list[Sample]) -> None:
         self.scheme = scheme
         self.theta = model.config.rope_parameters["rope_theta"]
         self.layers = [layer.self_attn for layer in model.model.layers]
-        self.balances = [self._balance(*pair) for pair in zip(self.layers, samples, strict=True)]
+        self.balances = [(None, None)] * len(self.layers)
+        if scheme.k_balance or scheme.v_balance:
+            self.balances = [self._balance(*pair) for pair in zip(self.layers, samples, strict=True)]
 
     def _bias(self, attention: torch.nn.Module) -> torch.Tensor | None:
         bias = attention.k_proj.bias
@@ -153,7 +158,7 @@ def load_model() -> PreTrainedModel:
 
 
 def texts() -> torch.Tensor:
-    """Held-out text, `[modules * WINDOWS_PER_MODULE, WINDOW + 1]`: beginnings and later parts of modules."""
+    """Held-out text `[modules * WINDOWS_PER_MODULE, WINDOW + 1]`: beginnings and later parts of modules."""
     rows = []
     for text in held_out_text().values():
         for start in range(0, WINDOWS_PER_MODULE * 2 * WINDOW, 2 * WINDOW):

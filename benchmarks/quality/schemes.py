@@ -57,7 +57,7 @@ class Scheme:
 def in_frame(
     x: torch.Tensor, code: Code, shift: torch.Tensor, balance: torch.Tensor | None
 ) -> torch.Tensor:
-    """What is read back of x `[..., H, L, D]`, coded less `shift` and in the frame of `balance` `[H, D, D]`."""
+    """What is read back of x `[..., H, L, D]`: coded less `shift`, in the frame `balance` `[H, D, D]`."""
     y = x - shift
     if balance is not None:
         y = y @ balance

@@ -19,10 +19,10 @@ EXACT = {
     256: {"2": 0.1167, "3": 0.0343, "4": 0.00941},
 }
 SPHERE_CODES = (
-    ("8", "4", "3", "2")
-    + ("unbiased4", "unbiased3", "unbiased2")
-    + ("vector4", "vector3", "vector2")
-    + ("vllm4", "vllm3", "minmax4", "minmax3", "minmax2", "fp8", "bf16")
+    *("8", "4", "3", "2"),
+    *("unbiased4", "unbiased3", "unbiased2"),
+    *("vector4", "vector3", "vector2"),
+    *("vllm4", "vllm3", "minmax4", "minmax3", "minmax2", "fp8", "bf16"),
 )
 
 
