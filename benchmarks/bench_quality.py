@@ -1,9 +1,10 @@
 """What a packed cache loses, on unit vectors, synthetic keys and the demo model; and what would lose less.
 
-    python benchmarks/bench_quality.py [sphere] [synthetic] [formats] [ideas] [--out FOLDER] [--commit NAME]
+    python benchmarks/bench_quality.py [sphere] [synthetic] [formats] [ideas] [chosen]
+        [--out FOLDER] [--commit NAME]
 
 Everything runs on a CPU and writes `quality_<part>.json`; without names all parts run. `formats` is the
-demo model with today's formats beside fp8 and vLLM's scheme, `ideas` the same with what could be added.
+demo model with today's formats beside fp8 and vLLM's scheme, `ideas` the same with what could be added, `chosen` with what the ideas' figures suggest.
 `python benchmarks/quality_table.py --write` puts the figures into `docs/quality.md`.
 """
 
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from evidence import RESULTS, environment, write_result
 from quality import lists, model, sphere, synthetic
+from quality.codes import CODES
 from quality.schemes import FIRST_CHUNK
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PARTS = ("sphere", "synthetic", "formats", "ideas")
+PARTS = ("sphere", "synthetic", "formats", "ideas", "chosen")
 
 
 def tracked(items: Iterable[Any], label: str) -> Iterable[Any]:
@@ -48,8 +50,9 @@ def run_synthetic() -> dict[str, Any]:
     for kind in synthetic.KINDS:
         data = synthetic.draw(kind)
         reference = synthetic.attention(data.q, data.k)
+        values = {name: CODES[name].round_trip(data.v) for name in {s.v for s in lists.SYNTHETIC}}
         for scheme in tracked(lists.SYNTHETIC, kind.name):
-            rows[scheme.name][kind.name] = synthetic.figures(scheme, data, reference)
+            rows[scheme.name][kind.name] = synthetic.figures(scheme, data, reference, values[scheme.v])
     for scheme in lists.SYNTHETIC:
         rows[scheme.name]["bytes"] = scheme.bytes_per_token(synthetic.HEAD_DIM, 1)
     return {
@@ -91,6 +94,7 @@ def main() -> None:
         "synthetic": run_synthetic,
         "formats": lambda: run_model(lists.FORMATS, "demo model, formats"),
         "ideas": lambda: run_model(lists.IDEAS, "demo model, ideas"),
+        "chosen": lambda: run_model(lists.CHOSEN, "demo model, chosen"),
     }
     for part in args.parts or PARTS:
         start = time.perf_counter()

@@ -85,6 +85,31 @@ IDEAS = (
 )
 
 
+def chosen(base: str) -> tuple[Scheme, ...]:
+    """What the ideas suggest, by what it costs at run time: nothing, an add per key, 16-bit tokens."""
+    free = {"k_balance": "pairs", "v_balance": "full"}
+    pre = {"k_shift": "pre"}
+    return (
+        changed(base, "+ pair balance", k_balance="pairs"),
+        changed(base, "+ folded", **free),
+        changed(base, "+ folded, key mean", k_shift="mean", **free),
+        changed(base, "+ folded, key mean before RoPE", **pre, **free),
+        changed(base, "+ folded, 4 sinks, window 32", **free, sinks=4, recent=32),
+        changed(
+            base, "+ folded, key mean before RoPE, 4 sinks, window 32", **pre, **free, sinks=4, recent=32
+        ),
+    )
+
+
+CHOSEN = (
+    changed("k4v4", "+ pair balance from weights", k_balance="weights"),
+    *chosen("k4v4"),
+    changed("k3v3", "+ 4 sinks, window 128", sinks=4, recent=128),
+    *chosen("k3v3")[4:],
+    changed("k2v2", "+ ends k8v8", ends=1),
+)
+
+
 def on_synthetic_keys(base: str) -> tuple[Scheme, ...]:
     """Each idea that can matter where keys are independent draws (no sinks, no recency, one layer)."""
     return (
@@ -92,13 +117,21 @@ def on_synthetic_keys(base: str) -> tuple[Scheme, ...]:
         changed(base, "+ unbiased key scale", k=f"unbiased{base[1]}"),
         changed(base, "+ vector codes", **_vectors(base)),
         changed(base, "+ channel balance", k_balance="channels"),
+        changed(base, "+ pair balance", k_balance="pairs"),
         changed(base, "+ key matrix", k_balance="full"),
         changed(base, "+ key mean", k_shift="mean"),
         changed(base, "+ key mean before RoPE", k_shift="pre"),
         changed(base, "+ k_proj bias", k_shift="bias"),
         changed(base, "+ k_proj bias, channel balance", k_shift="bias", k_balance="channels"),
+        changed(base, "+ k_proj bias, pair balance", k_shift="bias", k_balance="pairs"),
         changed(base, "+ k_proj bias, key matrix", k_shift="bias", k_balance="full"),
-        changed(base, "+ all", k_shift="bias", k_balance="full", **_vectors(base)),
+        changed(
+            base,
+            "+ k_proj bias, channel balance, vector codes",
+            k_shift="bias",
+            k_balance="channels",
+            **_vectors(base),
+        ),
     )
 
 

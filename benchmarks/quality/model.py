@@ -55,6 +55,7 @@ class Reader:
         self.scheme = scheme
         self.theta = model.config.rope_parameters["rope_theta"]
         self.layers = [layer.self_attn for layer in model.model.layers]
+        self.norms = [layer.input_layernorm.weight.detach() for layer in model.model.layers]
         self.balances = [(None, None)] * len(self.layers)
         if scheme.k_balance or scheme.v_balance:
             self.balances = [self._balance(*pair) for pair in zip(self.layers, samples, strict=True)]
@@ -69,6 +70,9 @@ class Reader:
         scheme, heads = self.scheme, seen.k.shape[1]
         k = seen.k - key_shift(scheme.k_shift, seen.k, self._bias(attention), self.theta)
         v = seen.v - value_shift(seen.v) if scheme.v_mean else seen.v
+        if scheme.k_balance == "weights":
+            moments = self._moments_from_weights(attention)
+            return balance_matrix("pairs", *moments), None
         q = second_moment(seen.q).unflatten(0, (heads, -1)).mean(1)
         # o_proj's columns read the heads' outputs: known without any data
         out = attention.o_proj.weight.detach().unflatten(1, (heads, -1, attention.head_dim))
@@ -77,6 +81,19 @@ class Reader:
             balance_matrix(scheme.k_balance, q, second_moment(k)),
             balance_matrix(scheme.v_balance, o, second_moment(v)),
         )
+
+    def _moments_from_weights(self, attention: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Diagonal second moments of queries and keys `[Hkv, D, D]` if the layer's input were white."""
+        norm, heads = self.norms[attention.layer_idx], attention.config.num_key_value_heads
+        bias_is_stored = not self.scheme.k_shift
+        moments = []
+        for projection, has_bias in ((attention.q_proj, True), (attention.k_proj, bias_is_stored)):
+            energy = (projection.weight * norm).square().sum(-1)
+            if has_bias and projection.bias is not None:
+                energy = energy + projection.bias.square()
+            energy = energy.detach().unflatten(0, (heads, -1, attention.head_dim)).mean(1)
+            moments.append(torch.diag_embed(energy))
+        return moments[0], moments[1]
 
     def read_back(
         self, attention: torch.nn.Module, k: torch.Tensor, v: torch.Tensor

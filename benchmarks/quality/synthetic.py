@@ -16,12 +16,13 @@ import torch
 
 from .codes import CODES
 from .metrics import kl_divergence
-from .schemes import Scheme, balance_matrix, in_frame, key_shift, rope, second_moment, value_shift
+from .schemes import Scheme, balance_matrix, in_frame, key_shift, rope, second_moment
 
 HEAD_DIM = 128
 TOKENS = 4096
 QUERIES = 64
-HEADS = 16  # independent draws of scales, channels, queries and keys
+CALIBRATION_QUERIES = 1024  # of the second draw: fewer than a few times D make a poor matrix
+HEADS = 8  # independent draws of scales, channels, queries and keys
 CHANNEL_SIGMA = 0.5
 MEAN_CHANNELS = 4
 THETA = 1e6
@@ -48,7 +49,8 @@ KINDS = (
 class Draw:
     """Queries `[1, H, QUERIES, D]` at the last position; keys and values `[1, H, L, D]`; the bias `[H, D]`.
 
-    `other_q` and `other_k` are a second draw with the same scales and bias, to calibrate on.
+    `other_q` `[1, H, CALIBRATION_QUERIES, D]` and `other_k` are a second draw with the same scales and
+    bias, to calibrate on.
     """
 
     q: torch.Tensor
@@ -72,8 +74,9 @@ def draw(kind: Kind, seed: int = 0) -> Draw:
         slow = torch.arange(HEAD_DIM // 2 - MEAN_CHANNELS, HEAD_DIM // 2)
         any_speed = torch.randperm(HEAD_DIM, generator=generator)[:MEAN_CHANNELS]
         bias[head, slow if kind.slow else any_speed] = kind.mean
-    last, positions = torch.full((QUERIES,), TOKENS - 1), torch.arange(TOKENS)
-    q, other_q = (rope(normal(1, HEADS, QUERIES, HEAD_DIM) * q_scale, last, THETA) for _ in range(2))
+    last, positions = torch.tensor([TOKENS - 1]), torch.arange(TOKENS)
+    counts = (QUERIES, CALIBRATION_QUERIES)
+    q, other_q = (rope(normal(1, HEADS, count, HEAD_DIM) * q_scale, last, THETA) for count in counts)
     k, other_k = (
         rope(normal(1, HEADS, TOKENS, HEAD_DIM) * k_scale + bias[:, None], positions, THETA)
         for _ in range(2)
@@ -86,19 +89,18 @@ def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (q.double() @ k.double().mT / HEAD_DIM**0.5).log_softmax(-1)
 
 
-def figures(scheme: Scheme, data: Draw, reference: torch.Tensor) -> dict[str, Any]:
+def figures(scheme: Scheme, data: Draw, reference: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
     """KL of the attention in nats and relative error of its output, means over heads and queries.
 
     Args:
         reference: `attention(data.q, data.k)`.
+        v: `data.v` as read back by the scheme's code.
     """
     seen = data.other_k - key_shift(scheme.k_shift, data.other_k, data.bias, THETA)
     moments = second_moment(data.other_q), second_moment(seen)
     balance = balance_matrix(scheme.k_balance, *moments)
     shift = key_shift(scheme.k_shift, data.k, data.bias, THETA)
     found = attention(data.q, in_frame(data.k, CODES[scheme.k], shift, balance))
-    shift = value_shift(data.v) if scheme.v_mean else torch.zeros_like(data.v)
-    v = in_frame(data.v, CODES[scheme.v], shift, None)
     exact_out = reference.exp() @ data.v.double()
     error = (found.exp() @ v.double() - exact_out).square().sum() / exact_out.square().sum()
     return {
