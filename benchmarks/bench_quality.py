@@ -4,7 +4,8 @@
         [--out FOLDER] [--commit NAME]
 
 Everything runs on a CPU and writes `quality_<part>.json`; without names all parts run. `formats` is the
-demo model with today's formats beside fp8 and vLLM's scheme, `ideas` the same with what could be added, `chosen` with what the ideas' figures suggest.
+demo model with today's formats beside fp8 and vLLM's scheme, `ideas` the same with what could be added,
+`chosen` with what the ideas' figures suggest.
 `python benchmarks/quality_table.py --write` puts the figures into `docs/quality.md`.
 """
 

@@ -85,28 +85,27 @@ IDEAS = (
 )
 
 
-def chosen(base: str) -> tuple[Scheme, ...]:
-    """What the ideas suggest, by what it costs at run time: nothing, an add per key, 16-bit tokens."""
-    free = {"k_balance": "pairs", "v_balance": "full"}
-    pre = {"k_shift": "pre"}
-    return (
-        changed(base, "+ pair balance", k_balance="pairs"),
-        changed(base, "+ folded", **free),
-        changed(base, "+ folded, key mean", k_shift="mean", **free),
-        changed(base, "+ folded, key mean before RoPE", **pre, **free),
-        changed(base, "+ folded, 4 sinks, window 32", **free, sinks=4, recent=32),
-        changed(
-            base, "+ folded, key mean before RoPE, 4 sinks, window 32", **pre, **free, sinks=4, recent=32
-        ),
-    )
+_PRE = {"k_shift": "pre", "k_balance": "pairs"}
 
-
+# After the figures of IDEAS: how small a window does, what it does alone, and what folds into weights.
 CHOSEN = (
     changed("k4v4", "+ pair balance from weights", k_balance="weights"),
-    *chosen("k4v4"),
-    changed("k3v3", "+ 4 sinks, window 128", sinks=4, recent=128),
-    *chosen("k3v3")[4:],
-    changed("k2v2", "+ ends k8v8", ends=1),
+    changed("k4v4", "+ pair balance", k_balance="pairs"),
+    changed("k4v4", "+ key mean before RoPE, pair balance", **_PRE),
+    changed("k4v4", "+ window 16", recent=16),
+    changed("k4v4", "+ key mean, window 32", k_shift="mean", recent=32),
+    changed("k3v3", "+ window 32", recent=32),
+    changed("k3v3", "+ window 128", recent=128),
+    changed("k3v3", "+ key mean, window 32", k_shift="mean", recent=32),
+    changed("k3v3", "+ key mean before RoPE, pair balance, window 128", **_PRE, recent=128),
+    changed("k2v2", "+ key mean, window 128", k_shift="mean", recent=128),
+    changed(
+        "k2v2",
+        "+ key mean before RoPE, pair balance, window 128, vector codes",
+        **_PRE,
+        recent=128,
+        **_vectors("k2v2"),
+    ),
 )
 
 
