@@ -119,6 +119,7 @@ def on_synthetic_keys(base: str) -> tuple[Scheme, ...]:
         changed(base, "+ pair balance", k_balance="pairs"),
         changed(base, "+ key matrix", k_balance="full"),
         changed(base, "+ key mean", k_shift="mean"),
+        changed(base, "+ key mean, pair balance", k_shift="mean", k_balance="pairs"),
         changed(base, "+ key mean before RoPE", k_shift="pre"),
         changed(base, "+ k_proj bias", k_shift="bias"),
         changed(base, "+ k_proj bias, channel balance", k_shift="bias", k_balance="channels"),
