@@ -1,0 +1,149 @@
+"""Codes under test: each turns vectors into what a cache would read back, at a price in bytes.
+
+Scalar codes are the package's own (`tq_inductor.reference`). vLLM's scheme, plain fp8 and the vector
+codes are simulated here, in plain torch; nothing of this is used by the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tq_inductor.codebook import codebook
+from tq_inductor.reference import centroids_of, decode_vectors, encode_vectors
+from tq_inductor.rotation import rotation_matrix
+
+SCALE_BYTES = 2
+VECTOR_SAMPLES = 100_000  # normal vectors that a vector codebook is fitted to
+VECTOR_ROUNDS = 30
+SLICE = 1 << 15  # vectors coded at a time: bounds the memory of the search
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code for single vectors.
+
+    Attributes:
+        bits: per coordinate, scales not counted.
+        extra_bytes: scales and zero points of one vector.
+        round_trip: `[..., D]` float32 -> the same shape, as read back.
+    """
+
+    bits: float
+    extra_bytes: int
+    round_trip: Callable[[torch.Tensor], torch.Tensor]
+
+    def bytes_of(self, head_dim: int) -> float:
+        """Bytes of one stored vector."""
+        return self.bits * head_dim / 8 + self.extra_bytes
+
+
+def scalar(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The package's code: rotation, Lloyd-Max centroids on the fp8 grid, least-squares scale."""
+    rotation = _rotation(x.shape[-1])
+    return decode_vectors(*encode_vectors(x, bits, rotation), bits, rotation)
+
+
+def unbiased(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The package's codes with the scale <y, y> / <y, c>: inner products without bias (EDEN)."""
+    rotation = _rotation(x.shape[-1])
+    y = x @ rotation
+    centroids = centroids_of(encode_vectors(x, bits, rotation)[0], bits)
+    scale = y.square().sum(-1, keepdim=True) / (y * centroids).sum(-1, keepdim=True)
+    return (centroids * scale.bfloat16().float()) @ rotation.T
+
+
+def vllm_key(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """vLLM's key: Hadamard without signs, Lloyd-Max codes of x / |x|, norm fp16, "norm correction".
+
+    The correction makes the centroid vector as long as x (vLLM pull request 38479).
+    """
+    norm = x.norm(dim=-1, keepdim=True)
+    y = x / (norm + 1e-8) @ _plain_hadamard(x.shape[-1])
+    book = codebook(bits)  # within 0.2% of vLLM's own trapezoid Lloyd-Max centroids
+    grid = y.abs() * (book.unit * x.shape[-1] ** 0.5)
+    index = torch.bucketize(grid, grid.new_tensor(book.midpoints))
+    centroids = torch.copysign(grid.new_tensor(book.magnitudes)[index], y)
+    unit = centroids / centroids.norm(dim=-1, keepdim=True)
+    return unit * norm.half().float() @ _plain_hadamard(x.shape[-1]).T
+
+
+def min_max(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """vLLM's value: not rotated, 2**bits even steps from the vector's least to its largest, fp16."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp(min=1e-8)
+    index = ((x - low) / step + 0.5).floor().clamp(0, 2**bits - 1)
+    return index * step.half().float() + low.half().float()
+
+
+def vector(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Rotated coordinates in groups, each the nearest of 2**(bits * group) points; least-squares scale.
+
+    As in HIGGS (arXiv 2411.17525). One table look-up gives `group` coordinates, so up to 256 points it
+    decodes with fewer look-ups than a scalar code.
+    """
+    points = vector_codebook(bits, group)
+    rotation = _rotation(x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.cat([_vector_slice(part, points, rotation) for part in flat.split(SLICE)]).view_as(x)
+
+
+def _vector_slice(x: torch.Tensor, points: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    y = x @ rotation
+    rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+    centroids = points[_nearest((y / rms).reshape(-1, points.shape[1]), points)].view_as(y)
+    scale = (y * centroids).sum(-1, keepdim=True) / centroids.square().sum(-1, keepdim=True)
+    return centroids * scale.bfloat16().float() @ rotation.T
+
+
+def _nearest(x: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Indices `[n]` of the nearest of `points` `[m, g]` for x `[n, g]`."""
+    return torch.addmm(-points.square().sum(-1) / 2, x, points.T).argmax(-1)
+
+
+@cache
+def vector_codebook(bits: int, group: int) -> torch.Tensor:
+    """Points `[2**(bits * group), group]` fitted to a normal distribution by k-means, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(VECTOR_SAMPLES, group, generator=generator)
+    points = x[: 2 ** (bits * group)].clone()
+    for _ in range(VECTOR_ROUNDS):
+        index = _nearest(x, points)
+        counts = torch.bincount(index, minlength=len(points)).clamp(min=1)[:, None]
+        points = torch.zeros_like(points).index_add_(0, index, x) / counts
+    return points
+
+
+@cache
+def _rotation(head_dim: int) -> torch.Tensor:
+    return rotation_matrix(head_dim)
+
+
+@cache
+def _plain_hadamard(head_dim: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < head_dim:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / head_dim**0.5
+
+
+def _plain_fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+CODES: dict[str, Code] = {
+    "exact": Code(32, 0, lambda x: x),
+    "bf16": Code(16, 0, lambda x: x.bfloat16().float()),
+    "fp8": Code(8, 0, _plain_fp8),  # e4m3 with scale 1, as fp8 caches are used by default
+    **{str(b): Code(b, SCALE_BYTES, lambda x, b=b: scalar(x, b)) for b in (2, 3, 4, 8)},
+    **{f"unbiased{b}": Code(b, SCALE_BYTES, lambda x, b=b: unbiased(x, b)) for b in (2, 3, 4)},
+    **{f"vllm{b}": Code(b, SCALE_BYTES, lambda x, b=b: vllm_key(x, b)) for b in (3, 4)},
+    **{f"minmax{b}": Code(b, 2 * SCALE_BYTES, lambda x, b=b: min_max(x, b)) for b in (2, 3, 4)},
+    # as many coordinates to a look-up as 256 points allow
+    "vector2": Code(2, SCALE_BYTES, lambda x: vector(x, 2, 4)),
+    "vector3": Code(3, SCALE_BYTES, lambda x: vector(x, 3, 2)),
+    "vector4": Code(4, SCALE_BYTES, lambda x: vector(x, 4, 2)),
+}
