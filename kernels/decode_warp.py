@@ -23,11 +23,14 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import float16
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..format import KVFormat
 from .bits import TINY, magnitude_words
 
+# Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 SHARED_BYTES = 227 << 10  # of a multiprocessor
@@ -116,7 +119,7 @@ def copy_scales(shared, ptr, left):
     pair = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LANES)))[None, :, None]
     token = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, LANES)))[None, None, :]
     ptr += run * 16 + pair * 2 + token
-    async_copy.async_copy_global_to_shared(shared, ptr, mask=run * 16 + 0 * (pair + token) < left)
+    async_load(shared, ptr, mask=run * 16 + 0 * (pair + token) < left)
 
 
 @gluon.jit
@@ -143,15 +146,14 @@ def copy_tile(shared, ptr, stride, left, RUN: gl.constexpr):
     ptr += run * stride + row % (ROWS // 4) * WORDS + word
     mask = run * 16 + 0 * word < left
     for i in gl.static_range(PIECES):
-        async_copy.async_copy_global_to_shared(shared.index(i), ptr + i * (RUN // 4), mask=mask)
+        async_load(shared.index(i), ptr + i * (RUN // 4), mask=mask)
     async_copy.commit_group()
 
 
 @gluon.constexpr_function
-def results(bits: int):
-    """Constraints and types of the results of `unpack_asm`."""
-    count = 32 // bits
-    return "=h," * count + "r,r", (gl.float16,) * count
+def constraints_of(bits: int) -> str:
+    """Of `unpack_asm`."""
+    return "=h," * (32 // bits) + "r,r"
 
 
 @gluon.jit
@@ -163,9 +165,18 @@ def place_byte(place, BYTES: gl.constexpr):
 @gluon.jit
 def operands(words, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.constexpr):
     """Words [2, 8, 4, n] -> 8 / BITS first operands [16, 16n], one for each code of a byte."""
-    constraints: gl.constexpr = results(BITS)[0]
-    types: gl.constexpr = results(BITS)[1]
-    x = gl.inline_asm_elementwise(ASM, constraints, [words, table], dtype=types, is_pure=True, pack=1)
+    CONSTRAINTS: gl.constexpr = constraints_of(BITS)
+    # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
+    if BITS == 8:
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
+            float16, float16, float16, float16))  # fmt: skip
+    elif BITS == 4:
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
+            float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
+    else:
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
+            float16, float16, float16, float16, float16, float16, float16, float16,
+            float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
     tiles = ()
     for i in gl.static_range(8 // BITS):
         # [2, 8, lane, word, place % 2, which pair of the word]
