@@ -25,7 +25,19 @@ class Found:
     key: fx.Node  # heads not repeated
     value: fx.Node
     source: PackedSource | None
-    form: MaskForm
+    form: MaskForm | None  # None: not looked at, since something has not four dimensions
+
+
+def operands(sdpa: SDPANode) -> list[fx.Node]:
+    """Query, key, value and the mask, if there is one."""
+    mask = [] if sdpa.attn_mask is None else [sdpa.attn_mask]
+    return [sdpa.query, sdpa.key, sdpa.value, *mask]
+
+
+def has_four_dimensions(sdpa: SDPANode) -> bool:
+    """Whether q, k and v are `[B, H, n, D]` and a mask broadcasts to `[B, H, q, L]`."""
+    dims = [value_of(node).dim() for node in operands(sdpa)]
+    return dims[:3] == [4, 4, 4] and all(d <= 4 for d in dims)
 
 
 def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionCall:
@@ -48,8 +60,8 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         capability=torch.cuda.get_device_capability(q.device) if cuda else None,
         mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
         visible=_words(found),
-        bounded=_is_bounded(found) and visibility.can_build(sdpa, form),
-        interval=_is_interval(found) and visibility.can_build(sdpa, form),
+        bounded=form is not None and _is_bounded(found, form) and visibility.can_build(sdpa, form),
+        interval=form is not None and _is_interval(found, form) and visibility.can_build(sdpa, form),
         is_causal=sdpa.is_causal is not False,
         dropout=sdpa.dropout_p,
         sinks=sdpa.sinks is not None,
@@ -68,8 +80,9 @@ def _obstacles(found: Found) -> list[str]:
     sdpa = found.sdpa
     q, k, v, out = (value_of(n) for n in (sdpa.query, found.key, found.value, sdpa.node))
     reasons = []
-    if not q.dim() == k.dim() == v.dim() == 4:
-        reasons.append(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions (needs 4)")
+    if found.form is None:
+        dims = ", ".join(str(value_of(n).dim()) for n in (*operands(sdpa),))
+        reasons.append(f"q, k, v and a mask have {dims} dimensions (needs 4, of a mask at most 4)")
     elif any(not statically_known_true(a == b) for a, b in _sizes(q, k, v)):
         reasons.append(f"q, k and v broadcast: {_shape(q)}, {_shape(k)}, {_shape(v)}")
     if sdpa.restricted:
@@ -112,17 +125,16 @@ def _words(found: Found) -> str:
     q, k = value_of(sdpa.query), value_of(found.key)
     if sdpa.attn_mask is None and sdpa.is_causal is False:
         return "none"
-    if q.dim() != 4:
+    if found.form is None:
         return "none" if sdpa.attn_mask is None else "dense"
     words = name_of(found.form, sdpa.attn_mask, q.shape[-2], k.shape[-2])
     return "none (hides nothing)" if words == "none" else words
 
 
-def _is_bounded(found: Found) -> bool:
+def _is_bounded(found: Found, form: MaskForm) -> bool:
     """Whether the mask may leave keys at either end that no query sees: known on the device only."""
-    form, sdpa = found.form, found.sdpa
-    q_len, kv_len = (value_of(n).shape[-2] for n in (sdpa.query, found.key))
-    if value_of(sdpa.query).dim() != 4 or form.soft:
+    q_len, kv_len = (value_of(n).shape[-2] for n in (found.sdpa.query, found.key))
+    if form.soft:
         return False
     if form.upper is not None:
         end = static_end(form.upper)
@@ -140,10 +152,9 @@ def _is_bounded(found: Found) -> bool:
     return few and _hides_keys(form)
 
 
-def _is_interval(found: Found) -> bool:
+def _is_interval(found: Found, form: MaskForm) -> bool:
     """Whether interval and keys are all of the mask, and SDPA has no flag that says it."""
     q_len, kv_len = (value_of(n).shape[-2] for n in (found.sdpa.query, found.key))
-    form = found.form
     return form.exact and form != MaskForm() and not is_plain_causal(form, q_len, kv_len)
 
 

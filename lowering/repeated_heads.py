@@ -8,14 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .find_calls import value_of
+from .operations import same_sizes
 from .writes import Writes
 
 FULL = slice(None)
@@ -60,16 +59,10 @@ def _before_repetition(node: fx.Node) -> tuple[fx.Node, fx.Node, int]:
             before, repeated, after = value_of(base), value_of(expand), value_of(node)
             n = repeated.shape[2]
             expected = [*before.shape[:1], before.shape[1] * n, *before.shape[2:]]
-            if isinstance(n, int) and _same(after.shape, expected):
+            if isinstance(n, int) and same_sizes(after.shape, expected):
                 return base, expand.args[0], n  # type: ignore[union-attr, return-value]
     if _method(node, "repeat_interleave") or node.target is torch.repeat_interleave:
         named = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
         if named.get("dim") in (1, -3) and isinstance(named.get("repeats"), int):
             return named["input"], node, named["repeats"]  # type: ignore[return-value]
     return node, node, 1
-
-
-def _same(shape: Sequence[Any], expected: Sequence[Any]) -> bool:
-    """Whether two shapes are known to be equal; adds no guard."""
-    pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and all(statically_known_true(a == b) for a, b in pairs)

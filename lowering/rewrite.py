@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from ..attention.select import select
 from ..report import CallRow, Report, row_of
 from .beyond_sdpa import find_calls_beyond_sdpa
-from .describe_call import Found, describe
+from .describe_call import Found, describe, has_four_dimensions
 from .find_calls import SDPANode, find_calls, value_of
 from .graph_writer import GraphWriter
 from .kv_source import OPS, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
+from .operations import same_sizes
 from .read_mask import MaskReader
 from .repeated_heads import strip_repeated_heads
 from .spell_as_sdpa import spell_as_sdpa
@@ -49,7 +51,7 @@ def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
             continue
         rows += spell_as_sdpa(module.graph)
         rewriter = _Rewriter(module.graph)
-        calls = itertools.chain(find_calls(module.graph), list(find_calls_beyond_sdpa(module.graph)))
+        calls = itertools.chain(find_calls(module.graph), find_calls_beyond_sdpa(module.graph))
         found = [rewriter.rewrite(call, requested) for call in calls]
         if found:
             rows += found
@@ -80,8 +82,8 @@ class _Rewriter:
         return row
 
     def _look_at(self, sdpa: SDPANode) -> Found:
-        key, value, source, form = sdpa.key, sdpa.value, None, MaskForm()
-        if all(value_of(x).dim() == 4 for x in (sdpa.query, key, value)):
+        key, value, source, form = sdpa.key, sdpa.value, None, None
+        if has_four_dimensions(sdpa):
             key, k_repeats = strip_repeated_heads(key, sdpa.node, self._writes)
             value, v_repeats = strip_repeated_heads(value, sdpa.node, self._writes)
             if k_repeats != v_repeats:
@@ -93,7 +95,7 @@ class _Rewriter:
     def _visible(self, found: Found) -> tuple[fx.Node | None, fx.Node | None]:
         """(mask, bounds) for a kernel."""
         sdpa, form = found.sdpa, found.form
-        if not self._visibility.can_build(sdpa, form):
+        if form is None or not self._visibility.can_build(sdpa, form):
             return sdpa.attn_mask, None
         return self._visibility.mask(sdpa, form), self._visibility.bounds(sdpa, form)
 
@@ -136,10 +138,7 @@ class _Rewriter:
         graph, expected = sdpa.node.graph, value_of(sdpa.node)
         write = GraphWriter(graph, sdpa.node)
         with graph.inserting_before(sdpa.node):
-            result = write.call(op, *args)
-            if not expected.is_contiguous() and expected.transpose(1, 2).is_contiguous():
-                for method, dims in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
-                    result = write.call(method, result, *dims)  # Dynamo may have traced `view`s of it
+            result = _in_layout_of(expected, write.call(op, *args), write)
         sdpa.node.replace_all_uses_with(result)
         graph.erase_node(sdpa.node)
 
@@ -148,10 +147,8 @@ class _Rewriter:
         repeated heads where its kernels take fewer; whether that changed it."""
         sdpa, form = found.sdpa, found.form
         q, out = value_of(sdpa.query), value_of(sdpa.node)
-        untouchable = (
-            q.dim() != 4 or sdpa.dropout_p != 0 or sdpa.restricted or sdpa.is_causal not in (True, False)
-        )
-        if untouchable:
+        known = isinstance(sdpa.is_causal, bool) and isinstance(sdpa.dropout_p, int | float)
+        if form is None or not known or sdpa.dropout_p != 0 or sdpa.restricted:
             return False
         q_len, kv_len = q.shape[-2], value_of(found.key).shape[-2]
         mask, is_causal = sdpa.attn_mask, sdpa.is_causal
@@ -161,7 +158,8 @@ class _Rewriter:
             mask = None
         # On a GPU only the kernels for 16 bits without a mask take fewer KV heads.
         native = q.device.type == "cpu" or (mask is None and out.element_size() == 2)
-        strips = found.key is not sdpa.key and native
+        repeated_for_q = statically_known_true(value_of(sdpa.key).shape[1] == q.shape[1])
+        strips = found.key is not sdpa.key and native and (sdpa.enable_gqa or repeated_for_q)
         if mask is sdpa.attn_mask and not strips:
             return False
         key, value = (found.key, found.value) if strips else (sdpa.key, sdpa.value)
@@ -171,8 +169,7 @@ class _Rewriter:
         write = GraphWriter(sdpa.node.graph, sdpa.node)
         with sdpa.node.graph.inserting_before(sdpa.node):
             result = write.call(F.scaled_dot_product_attention, sdpa.query, key, value, **options)
-            if value_of(result).stride() != out.stride():  # Dynamo may have traced `view`s of it
-                result = _with_layout(write, result, out)
+            result = _in_layout_of(out, result, write)
         sdpa.node.replace_all_uses_with(result)
         sdpa.node.graph.erase_node(sdpa.node)
         if strips:
@@ -180,11 +177,15 @@ class _Rewriter:
         return True
 
 
-def _with_layout(write: GraphWriter, result: fx.Node, expected: torch.Tensor) -> fx.Node:
+def _in_layout_of(expected: torch.Tensor, result: fx.Node, write: GraphWriter) -> fx.Node:
+    """`result` in the layout that SDPA gave: Dynamo may have traced `view`s of it."""
+    if same_sizes(value_of(result).stride(), expected.stride()):
+        return result
     if expected.is_contiguous():
         return write.call("contiguous", result)
-    for method, dims in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
-        result = write.call(method, result, *dims)
+    if expected.transpose(1, 2).is_contiguous():
+        for method, dims in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
+            result = write.call(method, result, *dims)
     return result
 
 

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "attention": [],
     "attention.call": [],
     "attention.select": ["attention.*", "errors"],
-    "attention.*": ["attention.call", "errors"],
+    "attention.*": ["attention.call", "attention.own_kernels", "errors"],
     "report": ["attention.*"],
     "options": ["attention.*", "errors"],
     "lowering.*": ["lowering.*", "attention.*", "format", "ops", "report", "storage"],

@@ -310,6 +310,17 @@ def test_a_mask_that_depends_on_values():
     check(f, *qkv(), torch.randn(B, 1, 1, L), backend="triton", mask="padding")
 
 
+@pytest.mark.parametrize("shape", [(L, D), (H, L, D), (1, 1, 1, L, D)])
+def test_a_mask_over_keys_of_other_dimensions_stays(shape):
+    def f(q, k, mask):
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+    q, mask = torch.randn(B, H, 3, D), torch.rand(3, L) < 0.5
+    mask[:, 0] = True
+    row, _ = check(f, q, torch.randn(shape), mask, backend="sdpa", mask="dense", changed=False)
+    assert "dimensions (needs 4" in row.not_chosen["triton"][0]
+
+
 def test_dropout_is_left_alone():
     def f(q, k, v, position):
         return F.scaled_dot_product_attention(
@@ -341,7 +352,10 @@ def test_a_call_that_needs_a_gradient_stays_differentiable():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=up_to(position), enable_gqa=True)
 
     rows, _, result = rewritten(f, *inputs, torch.tensor(5))
-    assert "a gradient is needed and this kernel has none" in rows[0].not_chosen["triton"]
+    assert (
+        "a gradient is needed and our kernels have none (use torch.no_grad())"
+        in rows[0].not_chosen["triton"]
+    )
     torch.autograd.grad(result.sum(), inputs)
 
 

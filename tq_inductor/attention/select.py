@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import NoAttentionBackendError, OptionError
-from . import sdpa, triton, turboquant
+from . import own_kernels, sdpa, triton, turboquant
 from .call import AttentionCall
 
 
@@ -27,8 +27,8 @@ class AttentionBackend:
 
 
 BACKENDS = (
-    AttentionBackend("turboquant", turboquant.why_not, turboquant.unavailable),
-    AttentionBackend("triton", triton.why_not, triton.unavailable),
+    AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
+    AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
     AttentionBackend("sdpa", sdpa.why_not, sdpa.unavailable),
 )
 
