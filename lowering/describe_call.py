@@ -66,7 +66,7 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         dropout=sdpa.dropout_p,
         sinks=sdpa.sinks is not None,
         softcap=sdpa.softcap,
-        needs_grad=any(x.requires_grad for x in (q, k, v)),
+        needs_grad=out.requires_grad,  # of q, k, v, a mask or sinks, where gradients are enabled
         kv_format=source.kv_format if source else None,
         kv_source=kv_source,
         cached=kv_source != COMPUTED_HERE,

@@ -359,6 +359,21 @@ def test_a_call_that_needs_a_gradient_stays_differentiable():
     torch.autograd.grad(result.sum(), inputs)
 
 
+def test_a_mask_that_needs_a_gradient_keeps_it():
+    def f(q, k, v, bias, position):
+        mask = torch.where(up_to(position), bias, float("-inf"))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    bias = torch.randn(1, 1, 1, L, requires_grad=True)
+    args = (*qkv(), bias, torch.tensor(5))
+    rows, _, result = rewritten(f, *args)
+    assert rows[0].backend == "sdpa"
+    torch.testing.assert_close(*(torch.autograd.grad(r.sum(), bias)[0] for r in (result, f(*args))))
+    with torch.no_grad():
+        rows, _, _ = rewritten(f, *args)
+    assert rows[0].backend == "triton"
+
+
 def test_the_users_choice_of_kernels_is_respected():
     def f(q, k, v, position):
         with sdpa_kernel(SDPBackend.MATH):
