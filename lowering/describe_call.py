@@ -81,7 +81,7 @@ def _obstacles(found: Found) -> list[str]:
     q, k, v, out = (value_of(n) for n in (sdpa.query, found.key, found.value, sdpa.node))
     reasons = []
     if found.form is None:
-        dims = ", ".join(str(value_of(n).dim()) for n in (*operands(sdpa),))
+        dims = ", ".join(str(value_of(n).dim()) for n in operands(sdpa))
         reasons.append(f"q, k, v and a mask have {dims} dimensions (needs 4, of a mask at most 4)")
     elif any(not statically_known_true(a == b) for a, b in _sizes(q, k, v)):
         reasons.append(f"q, k and v broadcast: {_shape(q)}, {_shape(k)}, {_shape(v)}")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.nn import functional as F
 
-from .find_calls import value_of
+from .find_calls import find_calls, value_of
 from .kv_source import OPS, calls_op
 from .writes import storages, written
 
@@ -26,17 +25,16 @@ def keeps_keys(gm: fx.GraphModule) -> bool:
 
 
 def _keeps_keys(graph: fx.Graph) -> bool:
-    keys: set[int] = set()
+    kept = [operand for call in find_calls(graph) for operand in (call.key, call.value)]
     outputs: set[int] = set()
     for node in graph.nodes:
         if any(isinstance(v, torch.Tensor) and v.dim() >= 3 for v in map(value_of, written(node))):
             return True
-        if node.target is F.scaled_dot_product_attention or calls_op(node, OPS.attend):
-            for operand in node.all_input_nodes[1:3]:
-                keys |= _origins(operand)
+        if calls_op(node, OPS.attend):
+            kept += node.args[1:3]  # type: ignore[arg-type]
         if node.op == "output":
             outputs |= storages(*node.all_input_nodes)
-    return bool(keys & outputs)
+    return any(_origins(operand) & outputs for operand in kept)
 
 
 def _origins(node: fx.Node) -> set[int]:

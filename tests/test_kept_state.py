@@ -55,3 +55,11 @@ def test_encoders_keep_nothing():
     assert not keeps(small("llama", num_key_value_heads=2), IDS, use_cache=False)
     vit = small("vit", AutoModel, image_size=32, patch_size=8)
     assert not keeps(vit, torch.randn(1, 3, 32, 32))
+
+
+def test_keys_that_are_the_queries_too_are_kept():
+    def f(x):
+        x = x * 2
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x), x
+
+    assert keeps(f, torch.randn(1, 2, 6, 8))
