@@ -300,6 +300,7 @@ def decode(
     out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     if out.numel() == 0:
         return out
+    bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
     group = q.shape[1] // cache.shape[1]
     if attn_mask is None and fits(fmt, q.dtype, q.shape[2] * group) and can_convert_fp8(q.device):
         with torch.cuda.device_of(q):
@@ -341,6 +342,7 @@ def attend(
     The arguments are those of `reference.attend`.
     """
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
         _launch(out, q, k, v, None, None, None, None, attn_mask, bounds, sinks, k.shape[2], scale)

@@ -45,7 +45,8 @@ class Case:
     """One set of shapes. `lens` are the tokens in each row, one of them: a 0-d `seq_lens`.
 
     mask: none, bool, left (left padding, past the length too), float, row (an almost empty one).
-    bounds: none, window (past the end too; one query sees nothing), row (the same for all queries).
+    bounds: none, window (past the end too; one query sees nothing), row (the same for all queries), shared
+        (by the rows of the batch too).
     keys: random, huge (one key is eight times as long), equal (one key at all places), heavy (norms of keys
         and values over some orders of magnitude).
     """
@@ -112,10 +113,12 @@ DECODE_INTERPRETED = [
     Case("bf16", 20, lens=(60,), max_len=150, mask="row", dtype=FP32),
     Case("k4v4", 16, q_len=3, lens=(100, 40), bounds="window", sinks=True, dtype=FP16),
     Case("k3v4", 32, 16, q_len=2, lens=(140, 140), mask="bool", bounds="row", dtype=FP32),
+    Case("k3v4", 16, q_len=2, lens=(100, 90), bounds="shared", dtype=FP16),
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
     Case("", 64, q_len=4, max_len=300, bounds="window", sinks=True, dtype=FP16),
+    Case("", 16, q_len=2, max_len=100, bounds="shared", dtype=FP16),
     Case("", 80, 16, heads=7, kv_heads=1, q_len=2, max_len=200, mask="bool", bounds="row", dtype=FP32),
     Case("", 16, q_len=1, max_len=90, mask="float", dtype=FP32),
 ]
@@ -170,6 +173,7 @@ DECODE_GPU = [
             ("k8v8", 256, 256, 5, "window"),
             ("k2v8", 64, 64, 1, "row"),
             ("k8v2", 128, 128, 9, "window"),
+            ("k4v4", 128, 128, 1, "shared"),
             ("k4v4", 256, 256, 1, "none"),
         )
     ),
@@ -387,6 +391,8 @@ def make_bounds(case: Case) -> torch.Tensor | None:
     if case.bounds == "row":  # expanded over the queries, as for a key mask
         ends = torch.tensor([[5, case.max_len], [3, 40]] * case.batch, dtype=torch.int32)[: case.batch]
         return ends[:, None].expand(case.batch, case.q_len, 2)
+    if case.bounds == "shared":
+        return torch.tensor([[[3, 40]]], dtype=torch.int32)
     first = torch.arange(case.q_len) * 7 + torch.arange(case.batch)[:, None] * 30 - 8
     bounds = torch.stack((first, first + 45), -1).to(torch.int32)
     bounds[0, -1] = torch.tensor([case.max_len + 3, case.max_len + 9])

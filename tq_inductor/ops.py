@@ -206,7 +206,6 @@ def _attend(
         from .kernels.decode import attend
     else:
         from .reference import attend
-    bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
     return attend(q, k, v, attn_mask, bounds, sinks, scale)
 
 
