@@ -14,9 +14,6 @@ from architectures import ARCHITECTURES
 RECORDED = json.loads(DECISIONS.read_text())
 RUNS = [(a.name, run_name) for a in ARCHITECTURES.values() for run_name in runs_of(a)]
 GENERATORS = [a.name for a in ARCHITECTURES.values() if a.generates]
-# Bloom makes its ALiBi as long as the mask it is given, but for a StaticCache; so compiled, where the
-# cache returns all its slots, their shapes differ.
-UNFIT_FOR_TURBOQUANT_CACHE = ["bloom"]
 
 
 @pytest.mark.parametrize(("name", "run_name"), RUNS)
@@ -31,7 +28,7 @@ def test_rewritten_equals_eager(name, run_name):
         assert found.record == RECORDED["architectures"][name][run_name], "see architecture_runs.py"
     if found.record["fault"]:
         assert found.rewritten.error or found.rewritten.equals(found.plain)
-        assert run_name != "TurboQuantCache" or name in UNFIT_FOR_TURBOQUANT_CACHE
+        assert run_name != "TurboQuantCache"
         pytest.skip(f"without the rewriting too: {found.record['fault']}")
     assert found.rewritten.equals(found.uncompiled)
 
