@@ -42,6 +42,22 @@ def test_a_lossless_cache_gives_transformers_own_tokens(name):
     assert ours.equals(transformers_own)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("name", "run_name"), [x for x in RUNS if x[1] not in ("unpadded", "DynamicCache")]
+)
+def test_rewritten_equals_eager_on_a_gpu(name, run_name):
+    backend = Recorder()
+    uncompiled = run(ARCHITECTURES[name], run_name, device="cuda")
+    got = run(ARCHITECTURES[name], run_name, backend, device="cuda")
+    if got.error or not got.equals(uncompiled):
+        plain = run(ARCHITECTURES[name], run_name, Recorder(rewriting=False), device="cuda")
+        assert got.error == plain.error
+        assert got.error or got.equals(plain)
+    assert backend.guards == []
+
+
 @pytest.mark.parametrize(
     ("name", "run_name"),
     [

@@ -277,7 +277,11 @@ def gpu_prefill(**facts):
         ({"q_len": None, "kv_len": None}, "triton", ""),
         ({"interval": False}, "sdpa", "every key is visible to some query"),
         ({"interval": False, "bounded": True}, "triton", ""),
-        ({"interval": False, "bounded": True, "mask": "float"}, "sdpa", "q_len=2048 (at most 128) with a float"),
+        (
+            {"interval": False, "bounded": True, "mask": "float"},
+            "sdpa",
+            "q_len=2048 (at most 128) with a float",
+        ),
         ({"interval": False, "bounded": True, "mask": "float", "q_len": 128}, "triton", ""),
         ({"dtype": torch.float32}, "sdpa", "q_len=2048 (at most 128) in float32"),
         ({"device": "cpu", "capability": None}, "sdpa", "every key is visible to some query"),
