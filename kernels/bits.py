@@ -5,6 +5,8 @@ other seven below it. That gives the value / 256, exactly, subnormals included; 
 its result by `FP16_UNIT`. No native fp8 type is needed, and no byte decodes to NaN.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,9 @@ from ..codebook import FP8_UNIT, codebook
 FP16_UNIT = tl.constexpr(256.0)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 FP8_MAX = tl.constexpr(448.0)
+
+CONVERT = "mov.b32 {{p, q}}, {x}; cvt.rn.f16x2.e4m3x2 {x}, p; mov.b32 {{${0}, ${1}}}, {x}; "
+CONVERT += "cvt.rn.f16x2.e4m3x2 {x}, q; mov.b32 {{${2}, ${3}}}, {x};"
 
 
 def magnitude_words(bits: int) -> tuple[int, int]:
@@ -29,6 +34,57 @@ def quantiser(bits: int) -> tuple[tuple[float, ...], float]:
     if bits not in (2, 3, 4):
         return (), FP8_UNIT
     return codebook(bits).magnitudes, codebook(bits).unit
+
+
+@triton.constexpr_function
+def codes_per_byte(bits: int) -> int:
+    """Of a row, or if the bits are 3, of its magnitudes."""
+    return 4 if bits == 3 else 8 // bits
+
+
+@functools.cache
+def unpack_asm(bits: int) -> str:
+    """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, 8 / bits words of four.
+
+    Operands: the results, the word, the first word of the table of magnitudes, and for 3 bits, of which the
+    word has the magnitudes, the word whose bytes have the signs, at bits 0, 2, 4, 6.
+    """
+    tiles = codes_per_byte(bits)
+    low, high = magnitude_words(bits)
+    word, table = f"${4 * tiles}", f"${4 * tiles + 1}"
+    lines = [".reg .b32 t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
+    if bits == 8:
+        lines.append(f"mov.b32 x0, {word};")
+    elif bits == 4:  # PRMT looks four magnitudes up; bit 3 of its selectors must be clear
+        lines += [
+            f"and.b32 t, {word}, 0x77777777; shr.u32 u, t, 16;",
+            f"prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;",
+            "prmt.b32 x0, a, b, 0x6420; prmt.b32 x1, a, b, 0x7531;",
+            f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;",
+            f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;",
+        ]
+    elif bits == 3:  # as for 4, twice: two of the four codes of a byte are two bits further
+        sign = f"${4 * tiles + 2}"
+        for tile in range(2):
+            lines += [
+                f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x33333333; shr.u32 u, t, 16;",
+                f"prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;",
+                f"prmt.b32 x{tile}, a, b, 0x6420; prmt.b32 x{tile + 2}, a, b, 0x7531;",
+            ]
+        for tile in range(tiles):
+            lines.append(f"shl.b32 t, {sign}, {7 - 2 * tile};")
+            lines.append(f"lop3.b32 x{tile}, t, 0x80808080, x{tile}, 0xEA;")
+    else:  # one of two magnitudes
+        first, step = low & 0xFF, (low >> 8 & 0xFF) - (low & 0xFF)
+        for tile in range(tiles):
+            lines += [
+                f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x01010101;",
+                f"mad.lo.u32 x{tile}, t, {step}, {first * 0x01010101:#x};",
+                f"shl.b32 t, {word}, {6 - 2 * tile}; lop3.b32 x{tile}, t, 0x80808080, x{tile}, 0xEA;",
+            ]
+    for tile in range(tiles):
+        lines.append(CONVERT.format(*range(4 * tile, 4 * tile + 4), x=f"x{tile}"))
+    return "{" + "\n".join(lines) + "}"
 
 
 def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language import float16
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..format import KVFormat
-from .bits import TINY, magnitude_words
+from .bits import TINY, codes_per_byte, magnitude_words, unpack_asm
 
 # Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -35,42 +35,6 @@ TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an ope
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 SHARED_BYTES = 227 << 10  # of a multiprocessor
 WEIGHT_BITS = gl.constexpr(15.0)
-CONVERT = "mov.b32 {{p, q}}, {x}; cvt.rn.f16x2.e4m3x2 {x}, p; mov.b32 {{${0}, ${1}}}, {x}; "
-CONVERT += "cvt.rn.f16x2.e4m3x2 {x}, q; mov.b32 {{${2}, ${3}}}, {x};"
-
-
-@functools.cache
-def unpack_asm(bits: int) -> str:
-    """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, 8 / bits words of four.
-
-    Operands: the results, the word, and the first word of the table of magnitudes.
-    """
-    tiles = 8 // bits
-    low, high = magnitude_words(bits)
-    word, table = f"${4 * tiles}", f"${4 * tiles + 1}"
-    lines = [".reg .b32 t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
-    if bits == 8:
-        lines.append(f"mov.b32 x0, {word};")
-    elif bits == 4:  # PRMT looks four magnitudes up; bit 3 of its selectors must be clear
-        lines += [
-            f"and.b32 t, {word}, 0x77777777; shr.u32 u, t, 16;",
-            f"prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;",
-            "prmt.b32 x0, a, b, 0x6420; prmt.b32 x1, a, b, 0x7531;",
-            f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;",
-            f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;",
-        ]
-    else:  # one of two magnitudes
-        first, step = low & 0xFF, (low >> 8 & 0xFF) - (low & 0xFF)
-        for tile in range(tiles):
-            lines += [
-                f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x01010101;",
-                f"mad.lo.u32 x{tile}, t, {step}, {first * 0x01010101:#x};",
-                f"shl.b32 t, {word}, {6 - 2 * tile}; lop3.b32 x{tile}, t, 0x80808080, x{tile}, 0xEA;",
-            ]
-    for tile in range(tiles):
-        lines.append(CONVERT.format(*range(4 * tile, 4 * tile + 4), x=f"x{tile}"))
-    return "{" + "\n".join(lines) + "}"
-
 
 # `$1`, in a register: lane masks below and above never meet, but the assembler does not know, and so
 # does not keep the value in a uniform register, from which it would be copied before every lookup.
@@ -134,26 +98,36 @@ def read_scales(shared, layout: gl.constexpr):
 
 
 @gluon.jit
-def copy_tile(shared, ptr, stride, left, RUN: gl.constexpr):
-    """Start copying a tile's pieces to shared memory; `left` tokens, runs `stride` words apart."""
-    PIECES: gl.constexpr = shared.shape[0]
+def copy_rows(shared, ptr, left, ROW: gl.constexpr, PLANE: gl.constexpr, WRAP: gl.constexpr):
+    """Start copying `WRAP` bytes of key rows, `PLANE / WRAP` times over; `left` tokens are left."""
     ROWS: gl.constexpr = shared.shape[1]
     WORDS: gl.constexpr = shared.shape[2]
     LANES: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [1, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None]
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LANES))[None, :]
-    run = row // (ROWS // 4)
-    ptr += run * stride + row % (ROWS // 4) * WORDS + word
-    mask = run * 16 + 0 * word < left
-    for i in gl.static_range(PIECES):
-        async_load(shared.index(i), ptr + i * (RUN // 4), mask=mask)
+    word += gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None] * WORDS
+    token = word // (PLANE // 4)  # of the piece
+    ptr += (token // 4 * 16 + token % 4) * (ROW // 4) + word % (WRAP // 4)
+    for i in gl.static_range(4):
+        async_load(shared.index(i), ptr + i * ROW, mask=token // 4 * 16 < left)
+
+
+@gluon.jit
+def copy_values(shared, ptr, left, ROW: gl.constexpr):
+    """Start copying the values of a tile, of which `left` tokens are left."""
+    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 1], [1, 0])
+    row = gl.arange(0, 8, layout=gl.SliceLayout(1, LANES))[:, None]
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, LANES))[None, :]
+    ptr += row // 2 * (4 * ROW) + row % 2 * 32 + word
+    for i in gl.static_range(ROW // 16):
+        mask = row // 2 * 16 + 0 * word < left
+        async_load(shared.index(i), ptr + i * 64, mask=mask)
     async_copy.commit_group()
 
 
 @gluon.constexpr_function
 def constraints_of(bits: int) -> str:
     """Of `unpack_asm`."""
-    return "=h," * (32 // bits) + "r,r"
+    return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
 
 
 @gluon.jit
@@ -163,8 +137,8 @@ def place_byte(place, BYTES: gl.constexpr):
 
 
 @gluon.jit
-def operands(words, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.constexpr):
-    """Words [2, 8, 4, n] -> 8 / BITS first operands [16, 16n], one for each code of a byte."""
+def operands(words, signs, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.constexpr):
+    """Words [2, 8, 4, n] -> first operands [16, 16n], one for each code of a byte."""
     CONSTRAINTS: gl.constexpr = constraints_of(BITS)
     # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
     if BITS == 8:
@@ -174,11 +148,11 @@ def operands(words, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.con
         x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
             float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
     else:
-        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table, signs], is_pure=True, pack=1, dtype=(
             float16, float16, float16, float16, float16, float16, float16, float16,
             float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
     tiles = ()
-    for i in gl.static_range(8 // BITS):
+    for i in gl.static_range(codes_per_byte(BITS)):
         # [2, 8, lane, word, place % 2, which pair of the word]
         y = gl.join(gl.join(x[4 * i], x[4 * i + 1]), gl.join(x[4 * i + 2], x[4 * i + 3]))
         y = gl.reshape(gl.permute(y, [0, 1, 3, 5, 2, 4]), [16, 16 * words.shape[3]])
@@ -187,17 +161,34 @@ def operands(words, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.con
 
 
 @gluon.jit
-def copy_keys(shared, ptrs, left, ROW: gl.constexpr):
+def copy_keys(shared, ptrs, left, ROW: gl.constexpr, PLANE: gl.constexpr):
     """Start copying the keys of a tile, of which `left` tokens are left, and the scales."""
     copy_scales(shared[2], ptrs[2], left)
     copy_scales(shared[3], ptrs[3], left)
-    copy_tile(shared[0], ptrs[0], 4 * ROW, left, 4 * ROW)
+    copy_rows(shared[0], ptrs[0], left, ROW, PLANE, PLANE)
+    if ROW > PLANE:  # signs, twice, so that they are as long as the magnitudes
+        copy_rows(shared[4], ptrs[0] + PLANE // 4, left, ROW, PLANE, ROW - PLANE)
+    async_copy.commit_group()
 
 
 @gluon.jit
-def copy_values(shared, ptrs, left, ROW: gl.constexpr):
-    """Start copying the values of a tile, of which `left` tokens are left."""
-    copy_tile(shared[1], ptrs[1], 4 * ROW, left, 256)
+def key_words(shared, PIECE: gl.constexpr, PLANE: gl.constexpr):
+    """Words [2, 8, 4, n] of 16 keys, and of their signs if these are separate."""
+    words = shared[0].index(PIECE).load(key_layout(PLANE))
+    signs = words
+    if shared[4].shape[0] == 4:
+        # Bit 2t + c // 2 of a byte of lane c is the sign of code t.
+        word = gl.arange(0, words.shape[1], layout=gl.SliceLayout(0, key_layout(PLANE)))[None, :]
+        signs = shared[4].index(PIECE).load(key_layout(PLANE)).to(gl.uint32)
+        signs = (signs >> (word % (PLANE // 4) // (PLANE // 8)).to(gl.uint32)).to(gl.int32)
+    return by_lane(words, PLANE // 16), by_lane(signs, PLANE // 16)
+
+
+@gluon.jit
+def by_lane(words, WORDS: gl.constexpr):
+    """Key words in the order of memory -> [2, 8, 4, WORDS]."""
+    words = gl.permute(gl.reshape(words, [4, 2, 2, 4, WORDS]), [1, 0, 2, 3, 4])
+    return gl.reshape(words, [2, 8, 4, WORDS])
 
 
 @gluon.jit
@@ -214,27 +205,28 @@ def written_bytes(count):
 def attend_tile(
     acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr,
-    K_ROW: gl.constexpr, V_ROW: gl.constexpr, MMA: gl.constexpr,
+    K_ROW: gl.constexpr, V_ROW: gl.constexpr, K_PLANE: gl.constexpr, V_DIM: gl.constexpr,
+    MMA: gl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` are those of the next tile."""
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     TOKENS: gl.constexpr = gl.SliceLayout(1, MMA)
-    K_WORDS: gl.constexpr = K_ROW // 16  # words of a lane
+    V_CODES: gl.constexpr = codes_per_byte(V_BITS)
+    V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
     next_start = start + TILE
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
-        words = shared[0].index(m).load(key_layout(K_ROW))
-        words = gl.permute(gl.reshape(words, [4, 2, 2, 4, K_WORDS]), [1, 0, 2, 3, 4])
-        k = operands(gl.reshape(words, [2, 8, 4, K_WORDS]), tables[0], K_ASM, K_BITS, FIRST)
+        words, signs = key_words(shared, m, K_PLANE)
+        k = operands(words, signs, tables[0], K_ASM, K_BITS, FIRST)
         x = gl.zeros([16, N], gl.float32, MMA)
-        for t in gl.static_range(8 // K_BITS):
+        for t in gl.static_range(codes_per_byte(K_BITS)):
             x = mma_v2(k[t], q[t], x)
         s += (x,)
     k_scale, v_scale = read_scales(shared[2], TOKENS), read_scales(shared[3], TOKENS)
-    copy_keys(shared, ptrs, end - next_start, K_ROW)
+    copy_keys(shared, ptrs, end - next_start, K_ROW, K_PLANE)
     s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
     s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
 
@@ -264,15 +256,20 @@ def attend_tile(
         written = written_bytes(filled - start)
     async_copy.wait_group(1)
     new_acc = ()
-    for m in gl.static_range(V_ROW // 16):
+    for m in gl.static_range(V_PIECES):
         words = shared[1].index(m).load(value_layout())
         if V_BITS == 8:
             words &= written
+        signs = words
+        if V_BITS == 3:  # of dims 16m.. at bits m // (V_DIM / 128) + 2t
+            signs = shared[1].index(V_PIECES + m % (V_DIM // 128)).load(value_layout())
+            signs = (signs.to(gl.uint32) >> (m // (V_DIM // 128))).to(gl.int32)
+            signs = gl.permute(gl.reshape(signs, [4, 2, 8, 4]), [1, 2, 0, 3])
         words = gl.permute(gl.reshape(words, [4, 2, 8, 4]), [1, 2, 0, 3])
-        v = operands(words, tables[1], V_ASM, V_BITS, FIRST)
-        for t in gl.static_range(8 // V_BITS):
-            new_acc += (mma_v2(v[t], p, acc[m * (8 // V_BITS) + t] * decay),)
-    copy_values(shared, ptrs, end - next_start, V_ROW)
+        v = operands(words, signs if V_BITS == 3 else words, tables[1], V_ASM, V_BITS, FIRST)
+        for t in gl.static_range(V_CODES):
+            new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
+    copy_values(shared[1], ptrs[1], end - next_start, V_ROW)
     return new_acc, total, peak, largest
 
 
@@ -290,7 +287,9 @@ def warp_split_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
-    K_ROWS: gl.constexpr = 4 * K_ROW // words_of_row(4 * K_ROW)  # of a piece in shared memory
+    K_PLANE: gl.constexpr = K_DIM // codes_per_byte(K_BITS)  # without signs, if these are separate
+    V_PLANE: gl.constexpr = V_DIM // codes_per_byte(V_BITS)
+    K_WORDS: gl.constexpr = words_of_row(4 * K_PLANE)  # of a row of a piece in shared memory
     # Swizzled: of 8 lanes that read 16 bytes, two have neighbouring rows and four distant ones.
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -334,21 +333,23 @@ def warp_split_kernel(
     v_ptr = (page + v_rows_offset).to(gl.pointer_type(gl.int32)) + first.to(gl.int64) * (V_ROW // 4)
     k_scale_ptr = (page + k_scales_offset).to(gl.pointer_type(gl.bfloat16)) + first
     v_scale_ptr = (page + v_scales_offset).to(gl.pointer_type(gl.bfloat16)) + first
-    shared = (
-        gl.allocate_shared_memory(gl.int32, [4, K_ROWS, 4 * K_ROW // K_ROWS], SWIZZLED),
-        gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SWIZZLED),
-        gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN),
-        gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN),
-    )
-    copy_keys(shared, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), end - first, K_ROW)
-    copy_values(shared, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), end - first, V_ROW)
+    keys = gl.allocate_shared_memory(gl.int32, [4, 4 * K_PLANE // K_WORDS, K_WORDS], SWIZZLED)
+    signs = gl.allocate_shared_memory(gl.int32, [1, 1, 1], SWIZZLED)
+    if K_BITS == 3:
+        signs = gl.allocate_shared_memory(gl.int32, [4, 4 * K_PLANE // K_WORDS, K_WORDS], SWIZZLED)
+    values = gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SWIZZLED)
+    k_scales = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
+    v_scales = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
+    shared, ptrs = (keys, values, k_scales, v_scales, signs), (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr)
+    copy_keys(shared, ptrs, end - first, K_ROW, K_PLANE)
+    copy_values(values, v_ptr, end - first, V_ROW)
 
-    place_k = gl.arange(0, K_ROW, layout=gl.SliceLayout(1, SECOND))[:, None]
+    place_k = gl.arange(0, K_PLANE, layout=gl.SliceLayout(1, SECOND))[:, None]
     column = gl.program_id(0) // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
-    q_ptr += (group * rows + column) * K_DIM + place_byte(place_k, K_ROW // 4)
+    q_ptr += (group * rows + column) * K_DIM + place_byte(place_k, K_PLANE // 4)
     q = ()
-    for t in gl.static_range(8 // K_BITS):
-        q += (gl.load(q_ptr + t * K_ROW, mask=column + 0 * place_k < rows, other=0.0),)
+    for t in gl.static_range(codes_per_byte(K_BITS)):
+        q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
@@ -368,7 +369,7 @@ def warp_split_kernel(
         ptrs = (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr)
         acc, total, peak, largest = attend_tile(
             acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
-            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, MMA,
+            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
 
@@ -376,10 +377,11 @@ def warp_split_kernel(
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
     value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
     out_ptr = partial_ptr + part[None, :] * V_DIM + value
-    for m in gl.static_range(V_ROW // 16):
-        for t in gl.static_range(8 // V_BITS):
-            x = acc[m * (8 // V_BITS) + t] * scale
-            gl.store(out_ptr + (t * V_ROW + m * 16), x, mask=valid[None, :] & (value >= 0))
+    CODES: gl.constexpr = codes_per_byte(V_BITS)
+    for m in gl.static_range(V_PLANE // 16):
+        for t in gl.static_range(CODES):
+            x = acc[m * CODES + t] * scale
+            gl.store(out_ptr + (t * V_PLANE + m * 16), x, mask=valid[None, :] & (value >= 0))
 
 
 def can_convert_fp8(device: torch.device) -> bool:
@@ -390,9 +392,11 @@ def can_convert_fp8(device: torch.device) -> bool:
 
 def fits(fmt: KVFormat, dtype: torch.dtype, rows: int) -> bool:
     """Whether `warp_split` takes this format, type of queries, and rows (of a KV head)."""
+    dims = ((fmt.k_bits, fmt.head_dim), (fmt.v_bits, fmt.v_head_dim))
     return (
-        {fmt.k_bits, fmt.v_bits} <= {2, 4, 8}
+        not fmt.is_lossless
         and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
+        and (3, 64) not in dims  # its signs are half a piece
         and dtype in (torch.float16, torch.bfloat16)
         and rows <= MOST_ROWS
     )
@@ -430,7 +434,7 @@ def warp_split(
     blocks = triton.cdiv(rows, columns)
     # Queries and sums live in registers: a lane has 1/32 of them, queries two to a register.
     registers = min(255, 80 + columns * (dim // 2 + dv) // 32)
-    shared = TILE.value * fmt.slot_bytes
+    shared = TILE.value * (fmt.slot_bytes + (dim // 8 if fmt.k_bits == 3 else 0))  # signs lie there twice
     warps = min(32, 65536 // 32 // registers, SHARED_BYTES // (shared + 1024))
     splits = best_splits(batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value), warps * sms)
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)

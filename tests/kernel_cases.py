@@ -175,6 +175,9 @@ DECODE_GPU = [
             ("k8v2", 128, 128, 9, "window"),
             ("k4v4", 128, 128, 1, "shared"),
             ("k4v4", 256, 256, 1, "none"),
+            ("k3v3", 128, 256, 3, "window"),
+            ("k3v2", 256, 64, 1, "row"),
+            ("k4v3", 64, 128, 9, "none"),
         )
     ),
     Case("k2v2", 256, heads=14, lens=(300, 400), max_len=310),  # the second row is overfull
@@ -573,7 +576,7 @@ def record_launches() -> list[tuple]:
             mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
             for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
                 decode(q, cache, lens, *rotations(case, "cpu"), attn_mask, None, None, fmt, 4096, 0.1)
-        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1)):
+        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1), ("k3v3", 128, 1)):
             case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096)
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
             queries, rotation = torch.zeros(2, 8, q_len, dim, dtype=BF16), rotations(case, "cpu")[0]
