@@ -42,49 +42,59 @@ def codes_per_byte(bits: int) -> int:
     return 4 if bits == 3 else 8 // bits
 
 
+def lookup_words(bits: int) -> tuple[int, int]:
+    """Eight e4m3 bytes to look codes up in, four to a word: magnitudes of 4 bits, centroids of 3 and 2."""
+    low, high = magnitude_words(bits)
+    if bits == 3:
+        high = low | 0x80808080
+    elif bits == 2:
+        low |= low << 16 | 0x80800000
+    return low, high
+
+
 @functools.cache
 def unpack_asm(bits: int) -> str:
-    """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, 8 / bits words of four.
+    """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, a word of four for each.
 
-    Operands: the results, the word, the first word of the table of magnitudes, and for 3 bits, of which the
-    word has the magnitudes, the word whose bytes have the signs, at bits 0, 2, 4, 6.
+    Operands: the results, the word, the first of `lookup_words`, and for 3 bits, of which the word has the
+    magnitudes, the word whose bytes have the signs, at bits 0, 2, 4, 6. The lookup (PRMT) takes a selector
+    of four bits, of which the highest must be clear.
     """
     tiles = codes_per_byte(bits)
-    low, high = magnitude_words(bits)
-    word, table = f"${4 * tiles}", f"${4 * tiles + 1}"
+    high = lookup_words(bits)[1]
+    word, table, signs = (f"${4 * tiles + i}" for i in range(3))
     lines = [".reg .b32 t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
     if bits == 8:
         lines.append(f"mov.b32 x0, {word};")
-    elif bits == 4:  # PRMT looks four magnitudes up; bit 3 of its selectors must be clear
-        lines += [
-            f"and.b32 t, {word}, 0x77777777; shr.u32 u, t, 16;",
-            f"prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;",
-            "prmt.b32 x0, a, b, 0x6420; prmt.b32 x1, a, b, 0x7531;",
-            f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;",
-            f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;",
-        ]
-    elif bits == 3:  # as for 4, twice: two of the four codes of a byte are two bits further
-        sign = f"${4 * tiles + 2}"
-        for tile in range(2):
-            lines += [
-                f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x33333333; shr.u32 u, t, 16;",
-                f"prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;",
-                f"prmt.b32 x{tile}, a, b, 0x6420; prmt.b32 x{tile + 2}, a, b, 0x7531;",
-            ]
-        for tile in range(tiles):
-            lines.append(f"shl.b32 t, {sign}, {7 - 2 * tile};")
-            lines.append(f"lop3.b32 x{tile}, t, 0x80808080, x{tile}, 0xEA;")
-    else:  # one of two magnitudes
-        first, step = low & 0xFF, (low >> 8 & 0xFF) - (low & 0xFF)
-        for tile in range(tiles):
-            lines += [
-                f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x01010101;",
-                f"mad.lo.u32 x{tile}, t, {step}, {first * 0x01010101:#x};",
-                f"shl.b32 t, {word}, {6 - 2 * tile}; lop3.b32 x{tile}, t, 0x80808080, x{tile}, 0xEA;",
-            ]
+    for tile in range(0 if bits == 8 else tiles // 2):  # and the tile of the other half of its bytes
+        if bits == 4:
+            lines.append(f"and.b32 t, {word}, 0x77777777;")
+        elif bits == 2:
+            lines.append(f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x33333333;")
+        else:  # the sign above the two bits of the magnitude
+            lines.append(f"shr.u32 t, {word}, {2 * tile}; shl.b32 u, {signs}, {2 - 2 * tile};")
+            lines.append("lop3.b32 t, t, 0x44444444, u, 0xB8; and.b32 t, t, 0x77777777;")
+        lines.append(
+            f"shr.u32 u, t, 16; prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;"
+        )
+        lines.append(f"prmt.b32 x{tile}, a, b, 0x6420; prmt.b32 x{tile + tiles // 2}, a, b, 0x7531;")
+    if bits == 4:
+        lines.append(f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;")
+        lines.append(f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;")
     for tile in range(tiles):
         lines.append(CONVERT.format(*range(4 * tile, 4 * tile + 4), x=f"x{tile}"))
     return "{" + "\n".join(lines) + "}"
+
+
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may start before the one before it ends, and waits for it inside.
+
+    Programmatic dependent launch of Hopper and later; `PDL` is the kernel's own.
+    """
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:

@@ -20,21 +20,23 @@ Bytes: the packed rows and scales of visible slots, once per row block; partials
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import (
     FP16_UNIT,
     TINY,
+    early_launch,
     load_centroids,
     magnitude_words,
     operand_dtype,
 )
 from .decode_query import rotate_queries
 from .decode_reduce import reduce_splits
-from .decode_warp import can_convert_fp8, fits, warp_split
+from .decode_warp import attend_by_warps, sm_count, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
-CPU_SMS = 2  # in the interpreter
+CTAS_16_BIT = 6  # of a lossless cache: two waves of those that fit
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -170,8 +172,10 @@ def decode_split_kernel(
     V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
     DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
     split = tl.program_id(0) % splits
     dv_start = tl.program_id(0) // splits % DV_BLOCKS * BLOCK_DV
@@ -252,18 +256,13 @@ def decode_split_kernel(
                     BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
+    if PDL:
+        gdc_launch_dependents()
     dims = dv_start + tl.arange(0, BLOCK_DV)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     mask = valid[:, None] & (dims < V_DIM)[None, :]
     tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
     tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
-
-
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of `device`."""
-    if device.type == "cpu":
-        return CPU_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -301,14 +300,10 @@ def decode(
     if out.numel() == 0:
         return out
     bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
-    group = q.shape[1] // cache.shape[1]
-    if attn_mask is None and fits(fmt, q.dtype, q.shape[2] * group) and can_convert_fp8(q.device):
+    if takes(q, fmt, cache.shape[1], attn_mask):
         with torch.cuda.device_of(q):
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
-            partial, logs = warp_split(
-                *queries, cache, seq_lens, bounds, q.shape[2], fmt, max_len, sm_count(q.device)
-            )
-            reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)
+            attend_by_warps(out, queries, cache, seq_lens, v_rotation, bounds, sinks, fmt, max_len)
         return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
@@ -376,7 +371,7 @@ def _launch(
     block_d = block_d if block_d <= largest else largest // 2
     block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
     programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
-    wanted = CTAS_PER_SM * sm_count(q.device) // (programs * kv_heads * batch)
+    wanted = (CTAS_PER_SM if scales else CTAS_16_BIT) * sm_count(q.device) // (programs * kv_heads * batch)
     splits = max(1, min(triton.cdiv(max_len, block_n), wanted))
 
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
@@ -402,5 +397,6 @@ def _launch(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
+        **early_launch(q.device),
     )  # fmt: skip
     reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)

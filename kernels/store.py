@@ -1,7 +1,7 @@
 """Append new keys and values to a packed cache: rotate, quantise, pack.
 
 A program takes a few vectors (one new token of one KV head each) of keys or of values: grid (vectors /
-a few, 2), one launch for both. It divides each vector by its largest magnitude, rotates it in float32 (by
+a few, 2), one launch for both. It brings each vector to magnitudes below 4, rotates it in float32 (by
 sums and differences if D is a power of two), and holds the result as 8 octants of D / 8 coordinates, padded
 to a power of two. Every byte of a row collects whole codes of the same place in several octants (`format`
 has the table), so packing is a sum over octants for any D that is a multiple of 8. A byte belongs to one
@@ -14,12 +14,14 @@ rows and scales. A lossless format is a plain copy.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import TINY, encode, hadamard, quantiser
+from .bits import TINY, early_launch, encode, hadamard, quantiser
 
 BLOCK_VECTORS = 16  # the least number of rows of a dot
 WARP_VECTORS = 4  # of at most 256 coordinates, without a dot: 32 coordinates a lane
+FEW_VECTORS = 2048  # so many have a warp each, which is done sooner
 
 
 @triton.jit
@@ -71,12 +73,15 @@ def store_vectors(
     mask = exists[:, None] & (dims < DIM)[None, :]
     x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
     largest = tl.max(tl.abs(x.to(tl.float32)), axis=1)  # [vectors]
-    divisor = tl.maximum(largest, TINY)
+    # A power of two: dividing by it is exact, and neither it nor its inverse overflows.
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = (254 - exponent << 23).to(tl.float32, bitcast=True)
 
     place = tl.arange(0, 8 * OCTANT) % OCTANT
     if DIM == 8 * OCTANT:  # a power of two: the rotation is its first column times the Hadamard matrix
         signs = tl.load(rotation_ptr + dims * DIM)
-        y = hadamard(tl.div_rn(x.to(tl.float32), divisor[:, None]) * signs[None, :])
+        y = hadamard(x.to(tl.float32) * inverse[:, None] * signs[None, :])
     else:
         columns = tl.arange(0, 8 * OCTANT) // OCTANT * EIGHTH + place
         y = tl.zeros([VECTORS, 8 * OCTANT], tl.float32)
@@ -84,7 +89,7 @@ def store_vectors(
             rows = start + tl.arange(0, BLOCK_K)
             known = exists[:, None] & (rows < DIM)[None, :]
             chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
-            chunk = tl.div_rn(chunk.to(tl.float32), divisor[:, None])  # [vectors, BLOCK_K]
+            chunk = chunk.to(tl.float32) * inverse[:, None]  # [vectors, BLOCK_K]
             inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
             rotation_ptrs = rotation_ptr + rows[:, None] * DIM + columns[None, :]
             rotation = tl.load(rotation_ptrs, mask=inside, other=0.0)
@@ -96,8 +101,9 @@ def store_vectors(
     centroids = tl.where((place < EIGHTH)[None, :], centroids, 0.0)
     square = tl.maximum(tl.sum(centroids * centroids, axis=1), TINY)
     fit = tl.div_rn(tl.sum(y * centroids, axis=1), square)
+    fit = fit * unit + (largest - largest)  # NaN if the largest is infinite
     # A maximum may drop NaN; the fit never does.
-    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit * largest)
+    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit)
     tl.store(scale_ptr, scale.to(tl.bfloat16), mask=valid)
 
     codes = tl.reshape(codes, [VECTORS, 8, OCTANT])
@@ -157,7 +163,11 @@ def store_lossless_kernel(
     v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     v_rows_offset, vectors, kv_heads, new, page_size,
     ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     batch, head, token, position, page, exists, valid = locate_vectors(
         seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
         BLOCK,
@@ -188,34 +198,58 @@ def store(
     """
     batch, kv_heads, new, _ = k.shape
     page_size = fmt.page_size(cache.shape[-1])
-    _, v_rows, k_scales, v_scales = fmt.planes(page_size)
+    v_rows = fmt.planes(page_size)[1]
     vectors = batch * kv_heads * new
     if vectors == 0:
         return
-    lens_stride = seq_lens.expand(batch).stride(0)
-    strides = (*cache.stride()[:2], *k.stride(), *v.stride(), lens_stride)
     with torch.cuda.device_of(cache):
         if fmt.is_lossless:
             store_lossless_kernel[(triton.cdiv(vectors, BLOCK_VECTORS), 2)](
-                cache, k, v, seq_lens, *strides, v_rows.offset, vectors, kv_heads, new, page_size,
+                cache, k, v, seq_lens, *cache.stride()[:2], *k.stride(), *v.stride(),
+                seq_lens.expand(batch).stride(0), v_rows.offset, vectors, kv_heads, new, page_size,
                 ROW_DTYPE=tl.bfloat16 if fmt.dtype == torch.bfloat16 else tl.float16,
-                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS,
+                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS, **early_launch(cache.device),
             )  # fmt: skip
             return
-        k_magnitudes, k_unit = quantiser(fmt.k_bits)
-        v_magnitudes, v_unit = quantiser(fmt.v_bits)
-        dims = (fmt.head_dim, fmt.v_head_dim)
-        wide = max(dims) > 256
-        by_warp = not wide and all(dim & dim - 1 == 0 for dim in dims)
-        block = WARP_VECTORS if by_warp else BLOCK_VECTORS
-        store_kernel[(triton.cdiv(vectors, block), 2)](
-            cache, k, v, seq_lens, k_rotation, v_rotation, *strides,
-            v_rows.offset, k_scales.offset, v_scales.offset, vectors, kv_heads, new, page_size,
-            K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
-            V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
-            V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=block,
-            BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
+        arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt)
+        wide = max(fmt.head_dim, fmt.v_head_dim) > 256
+        store_kernel[(triton.cdiv(vectors, constants["BLOCK"]), 2)](
+            *arguments, **constants,
             # 16 x 1024 coordinates are 64 registers of 256 threads.
-            num_warps=1 if by_warp else 8 if wide else 4,
+            num_warps=1 if constants["BLOCK"] < BLOCK_VECTORS else 8 if wide else 4,
             num_stages=1,
         )  # fmt: skip
+
+
+def store_arguments(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+) -> tuple[tuple, dict]:
+    """Arguments and constants of `store_kernel`; a program is a warp if it can be."""
+    batch, kv_heads, new, _ = k.shape
+    page_size = fmt.page_size(cache.shape[-1])
+    offsets = [plane.offset for plane in fmt.planes(page_size)[1:]]
+    vectors = batch * kv_heads * new
+    lens_stride = seq_lens.expand(batch).stride(0)
+    arguments = (
+        cache, k, v, seq_lens, k_rotation, v_rotation, *cache.stride()[:2], *k.stride(), *v.stride(),
+        lens_stride, *offsets, vectors, kv_heads, new, page_size,
+    )  # fmt: skip
+    k_magnitudes, k_unit = quantiser(fmt.k_bits)
+    v_magnitudes, v_unit = quantiser(fmt.v_bits)
+    dims = (fmt.head_dim, fmt.v_head_dim)
+    block = BLOCK_VECTORS
+    if all(dim <= 256 and dim & dim - 1 == 0 for dim in dims):
+        block = WARP_VECTORS if vectors > FEW_VECTORS else 1
+    constants = dict(
+        K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
+        V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
+        V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=block,
+        BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
+    )  # fmt: skip
+    return arguments, constants

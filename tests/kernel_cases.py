@@ -25,10 +25,11 @@ if __name__ == "__main__":
 import torch
 import triton
 import triton.language as tl
+from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import fp8_byte
 from tq_inductor.kernels.decode import attend, decode
-from tq_inductor.kernels.decode_query import rotate_queries
-from tq_inductor.kernels.decode_warp import warp_split
+from tq_inductor.kernels.decode_query import store_and_rotate
+from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.varlen import varlen_attention
@@ -186,6 +187,21 @@ DECODE_GPU = [
         for name in ("k4v4", "k8v4", "k2v2", "bf16")
         for mask, b in (("none", "window"), ("bool", "row"), ("none", "none"))
     ),
+]
+APPEND_INTERPRETED = [Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16)]
+APPEND_GPU = [
+    *APPEND_INTERPRETED,
+    *(
+        Case(name, dim, heads=heads, q_len=q_len, lens=lens, max_len=2100)
+        for name, dim in (("k4v4", 128), ("k3v3", 128), ("k8v2", 64), ("k4v8", 256))
+        for heads, q_len, lens in ((8, 1, (2000, 1, 65)), (14, 5, (2100, 5)), (2, 16, (3000, 17)))
+    ),
+    Case("bf16", heads=8, lens=(2000, 1), max_len=2100),
+]
+LARGE_GPU = [
+    Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP16),
+    Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP32),  # by the portable kernel
+    Case("bf16", lens=(300,), max_len=5_000_000),
 ]
 ATTEND_GPU = [
     *ATTEND_INTERPRETED,
@@ -433,6 +449,52 @@ def check_decode(case: Case, device: str) -> None:
     assert_close(actual, expected, case.dtype)
 
 
+def check_append(case: Case, device: str) -> None:
+    """The bytes are `store`'s, and the result is the attention over them."""
+    fmt, cache = case.format, filled_cache(case, device)
+    lens, turns = lengths(case, device), rotations(case, device)
+    q, k, v = (
+        random_vectors((case.batch, heads, case.q_len, dim), case.dtype, device, "transposed")
+        for heads, dim in (
+            (case.heads, case.dim),
+            (case.kv_heads, case.dim),
+            (case.kv_heads, fmt.v_head_dim),
+        )
+    )
+    stored = cache.clone()
+    store(stored, k, v, lens, *turns, fmt)
+    scale = 1.5 / case.dim**0.5
+    last = (None, None, None, fmt, case.max_len, scale)
+    with nan_filled_memory():
+        actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
+    assert torch.equal(cache, stored)
+    again = append_and_attend(cache, q, k, v, lens, *turns, *last)
+    assert torch.equal(actual.nan_to_num(7.0), again.nan_to_num(7.0)), "another result for the same inputs"
+    lens = lens.cpu()
+    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len)
+    bounds = reference.last_tokens(lens, case.batch, case.q_len)
+    expected = float64_attention(q, keys, values, None, bounds, None, scale)
+    assert_close(actual, reference.poison_overfull(expected, lens, case.max_len), case.dtype)
+
+
+def check_large(case: Case, device: str) -> None:
+    """The last tokens of a cache whose bytes lie past 2**31 are read as those of a small one."""
+    fmt, shape = case.format, (case.batch, case.kv_heads, case.lens[0], case.dim)
+    q = torch.randn(case.batch, case.heads, 1, case.dim).to(device, case.dtype)
+    k, v = torch.randn(2, *shape).to(device, case.dtype)
+    results = []
+    for length in (round_up(case.lens[0]), case.max_len):
+        cache = torch.zeros(*shape[:2], fmt.slot_bytes * length, dtype=torch.uint8, device=device)
+        lens, turns = torch.tensor(length, device=device), rotations(case, device)
+        store(cache, k, v, lens, *turns, fmt)
+        bounds = torch.tensor([[[length - case.lens[0], length]]], dtype=torch.int32, device=device)
+        last = (x[:, :, -1:] for x in (k, v))
+        results.append(
+            append_and_attend(cache, q, *last, lens, *turns, None, bounds, None, fmt, length, 0.1)
+        )
+    assert_close(results[1], results[0].double().cpu(), case.dtype)
+
+
 def check_attend(case: Case, device: str) -> None:
     """Attention in float64 over plain keys and values, with NaN where nothing may read."""
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
@@ -501,6 +563,8 @@ GROUPS = {
     "store": (check_store, STORE_INTERPRETED, STORE_GPU),
     "dequantize": (check_dequantize, DEQUANTIZE_INTERPRETED, DEQUANTIZE_GPU),
     "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
+    "append": (check_append, APPEND_INTERPRETED, APPEND_GPU),
+    "large": (check_large, [], LARGE_GPU),
     "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
     "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),
 }
@@ -579,9 +643,10 @@ def record_launches() -> list[tuple]:
         for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1), ("k3v3", 128, 1)):
             case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096)
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
-            queries, rotation = torch.zeros(2, 8, q_len, dim, dtype=BF16), rotations(case, "cpu")[0]
-            rows = rotate_queries(queries, rotation, 2, 0.1)
-            warp_split(*rows, cache, lens, None, q_len, case.format, 4096, 132)
+            q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
+            rotation, fmt = rotations(case, "cpu")[0], case.format
+            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, fmt, 0.1)
+            attend_by_warps(q_rows, rows, cache, lens, rotation, None, None, fmt, 4096)
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -601,6 +666,8 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     types |= {torch.int32: "i32", torch.int64: "i64"}
     names = ("num_warps", "num_stages", "maxnreg")
     options = {name: kwargs[name] for name in names if name in kwargs}
+    if "PDL" in kwargs:  # without a GPU to ask, launchers leave it out
+        kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
     signature, constants, attributes = {}, {}, {}
@@ -625,7 +692,7 @@ def compile_all() -> int:
     """Compile every kernel for every target; the number of failures."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        variant = [str(kwargs[name]) for name in ("K_BITS", "MASK", "ROTATION") if name in kwargs]
+        variant = [str(kwargs[name]) for name in ("K_BITS", "V_BITS", "MASK", "ROTATION") if name in kwargs]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target, limit in TARGETS.items():

@@ -168,6 +168,13 @@ def _tq_append_attend(
     max_len: int,
     scale: float,
 ) -> torch.Tensor:
+    if cache.is_cuda:
+        from .kernels.append import append_and_attend
+
+        fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+        return append_and_attend(
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale
+        )
     _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format)
     return _tq_decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale
