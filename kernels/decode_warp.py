@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import float16
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, magnitude_words
 
@@ -278,12 +279,13 @@ def attend_tile(
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, bounds_ptr, partial_ptr, log_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, bounds_stride_b, bounds_stride_t,
+    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
     v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, N: gl.constexpr,
+    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    N: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -300,7 +302,7 @@ def warp_split_kernel(
     batch = gl.program_id(2).to(gl.int64)
     group = batch * gl.num_programs(1) + kv_head
 
-    # A query row sees slots low .. high - 1; those past the length are keys and values of zeros.
+    # A query row sees slots low .. high - 1; here, of packed tokens.
     row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
     valid = row < rows
     token = row // HEADS
@@ -313,6 +315,11 @@ def warp_split_kernel(
         low = token * 0
         high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
     filled = gl.minimum(seq_len, max_len).to(gl.int32)
+    high = gl.minimum(high, filled)
+    if SINKS + RECENT > 0:
+        first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        low = gl.maximum(low, SINKS)
+        high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
     seen = valid & (low < high)
     begin = gl.min(gl.where(seen, low, max_len), axis=0) // 16 * 16
     end = gl.max(gl.where(seen, high, 0), axis=0)
@@ -418,6 +425,7 @@ def warp_split(
     fmt: KVFormat,
     max_len: int,
     sms: int,
+    beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial outputs [B, Hkv, row, split, Dv] and logarithms of their weights.
 
@@ -436,13 +444,16 @@ def warp_split(
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    exact_from = beside.exact_from
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, cache, seq_lens, queries if bounds is None else bounds, partial, logs,
-        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
+        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
+        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
+        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=magnitude_words(fmt.k_bits)[0],
         V_LO=magnitude_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
-        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, HAS_BOUNDS=bounds is not None, N=columns,
+        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
+        HAS_BOUNDS=bounds is not None, N=columns,
         num_warps=1, maxnreg=registers,
     )  # fmt: skip
     return partial, logs
