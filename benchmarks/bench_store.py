@@ -36,7 +36,13 @@ def time_store(name: str, batch: int, tokens: int, capacity: int) -> dict[str, f
     return replay_times(
         [
             lambda cache=cache, kv=kv: torch.ops.tq_inductor.tq_store(
-                cache.packed, *kv, cache.seq_length, cache.k_rotation, cache.v_rotation, name
+                cache.packed,
+                *kv,
+                cache.seq_length,
+                cache.k_rotation,
+                cache.v_rotation,
+                name,
+                *cache._beside,
             )
             for cache, kv in zip(caches, new, strict=True)
         ]

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..beside import Beside
 from ..format import KVFormat
 from .bits import TINY, early_launch, hadamard
-from .store import store_arguments, store_kernel
+from .store import store_arguments, store_kernel, take_mean
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ROWS = 1  # of a program, which is a warp
@@ -53,11 +54,12 @@ def query_kernel(
 
 @triton.jit
 def prepare_kernel(
-    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr,
-    cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
+    exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride,
     v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
     q_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, scale,
+    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -69,11 +71,12 @@ def prepare_kernel(
         gdc_launch_dependents()
     if tl.program_id(1) < 2:
         store_kernel(
-            cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, cache_stride_b,
-            cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h,
-            v_stride_t, v_stride_d, lens_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors,
-            kv_heads, new, page_size, K_BITS, V_BITS, K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM,
-            V_DIM, GROUP, BLOCK, BLOCK_K,
+            cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
+            exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+            v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride, v_rows_offset,
+            k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size, HAS_MEAN, HAS_EXACT, SINKS,
+            RECENT, K_BITS, V_BITS, K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, BLOCK,
+            BLOCK_K,
         )  # fmt: skip
     else:
         rotate_block(
@@ -118,10 +121,12 @@ def store_and_rotate(
     v_rotation: torch.Tensor,
     fmt: KVFormat,
     scale: float,
+    beside: Beside,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`store` and `rotate_queries` in one launch, for dimensions that are powers of two up to 256."""
     queries, factors = empty_queries(q, cache.shape[1])
-    arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt)
+    take_mean(k, seq_lens, beside)
+    arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
     rows = factors.numel()
     blocks = triton.cdiv(k[..., 0].numel(), constants["BLOCK"])
     prepare_kernel[(blocks, 2 + triton.cdiv(triton.cdiv(rows, ROWS), blocks))](

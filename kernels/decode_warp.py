@@ -25,6 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
 from .decode_reduce import reduce_splits
@@ -131,7 +132,6 @@ def attend_tile(
     low, high, filled, whole_from, whole_to = sees
     if (start < whole_from) | (start + TILE > whole_to):
         here = start + place_byte(gl.arange(0, TILE, layout=TOKENS), 16)
-        s = gl.where((here < filled)[:, None], s, 0.0)
         inside = (here[:, None] >= low[None, :]) & (here[:, None] < high[None, :])
         s = gl.where(inside, s, float("-inf"))
         v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
@@ -185,13 +185,13 @@ def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, bounds_ptr, partial_ptr, log_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, bounds_stride_b, bounds_stride_t,
+    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
     v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, N: gl.constexpr,
-    SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
+    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -210,7 +210,7 @@ def warp_split_kernel(
     batch = gl.program_id(2).to(gl.int64)
     group = batch * gl.num_programs(1) + kv_head
 
-    # A query row sees slots low .. high - 1; those past the length are keys and values of zeros.
+    # A query row sees slots low .. high - 1.
     row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
     valid = row < rows
     token = row // HEADS
@@ -223,16 +223,13 @@ def warp_split_kernel(
         low = token * 0
         high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
     filled = gl.minimum(seq_len, max_len).to(gl.int32)
+    high = gl.minimum(high, filled)
     seen = valid & (low < high)
     begin = gl.min(gl.where(seen, low, max_len), axis=0) // 16 * 16
     end = gl.max(gl.where(seen, high, 0), axis=0)
     share = gl.cdiv(gl.cdiv(end - begin, TILE), splits) * TILE
     first = begin + split * share
     end = gl.minimum(first + share, end)
-
-    # Tiles between these need no mask: every row sees all of them.
-    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
-    whole_to = gl.minimum(gl.min(gl.where(valid, high, max_len), axis=0), filled)
 
     part = (group * rows + row) * splits + split
     # Until it waits, a program that started early may read what the launch before does not write: not
@@ -259,6 +256,14 @@ def warp_split_kernel(
     copy_values(values, ptrs[1], end - first, V_ROW)
     if PDL:
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
+
+    if SINKS + RECENT > 0:  # exact tokens are hidden in the tiles rather than left out of the range
+        first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        low = gl.maximum(low, SINKS)
+        high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
+    # Tiles between these need no mask: every row sees all of them.
+    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
+    whole_to = gl.min(gl.where(valid, high, filled), axis=0)
 
     place_k = gl.arange(0, K_PLANE, layout=gl.SliceLayout(1, SECOND))[:, None]
     column = gl.program_id(0) // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
@@ -309,7 +314,7 @@ def sm_count(device: torch.device) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory of a multiprocessor of `device` for programs; each takes 1 KiB more than it asks for."""
+    """Shared memory of a multiprocessor, of which each program takes 1 KiB more than it asks for."""
     if device.type == "cpu":
         return CPU_SHARED_BYTES
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) - 1024
@@ -358,6 +363,7 @@ def warp_split(
     fmt: KVFormat,
     max_len: int,
     sms: int,
+    beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial outputs [B, Hkv, row, split, Dv], Hadamard-transformed, and logarithms of their weights.
 
@@ -381,13 +387,16 @@ def warp_split(
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    exact_from = beside.exact_from
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, cache, seq_lens, queries if bounds is None else bounds, partial, logs,
-        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
+        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
+        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
+        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
-        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, HAS_BOUNDS=bounds is not None, N=columns,
+        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
+        HAS_BOUNDS=bounds is not None, N=columns,
         SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=65536 // 32 // WARPS - 1,
         **early_launch(queries.device),
     )  # fmt: skip
@@ -396,6 +405,7 @@ def warp_split(
 
 def attend_by_warps(
     out: torch.Tensor,
+    q: torch.Tensor,
     queries: tuple[torch.Tensor, torch.Tensor],
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -404,10 +414,16 @@ def attend_by_warps(
     sinks: torch.Tensor | None,
     fmt: KVFormat,
     max_len: int,
+    scale: float,
+    beside: Beside,
 ) -> None:
-    """Fill `out` `[B, H, q, Dv]`; `queries` are `rotate_queries`'s."""
+    """Fill `out` `[B, H, q, Dv]`; `queries` are `rotate_queries`'s of q `[B, H, q, D]`."""
     batch, heads, q_len, _ = out.shape
     bounds = None if bounds is None else bounds.expand(batch, q_len, 2)
-    partial, logs = warp_split(*queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device))
-    group = heads // cache.shape[1]
-    reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len, transformed=True)
+    partial, logs = warp_split(
+        *queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device), beside
+    )
+    reduce_splits(
+        out, partial, logs, q, seq_lens, v_rotation, None, bounds, sinks, heads // cache.shape[1], max_len,
+        scale, beside, transformed=True,
+    )  # fmt: skip
