@@ -37,7 +37,7 @@ EXACT_TOKENS = (4, 32)  # the first and the last, as `TurboQuantCache` keeps the
 FORMATS = ("k8v8", "k8v4", "k4v4", "k4v4+exact", "k4v2", "k3v3", "k2v2", "bf16")
 SHAPES = (
     *(Shape(*sizes) for sizes in ((8, 32768), (1, 131072), (32, 8192), (64, 4096))),
-    *(Shape(1, length) for length in (2048, 4096, 8192, 16384, 32768, 65536)),
+    *(Shape(1, length) for length in (2048, 4096, 8192, 32768)),
 )
 OTHER_HEADS = (
     Shape(8, 32768, 28, 4),
