@@ -4,7 +4,8 @@
 
 A step of ours appends the new token, rotates queries and output, and reduces the splits; cuDNN's only
 attends. Needs an NVIDIA GPU. Writes `decode.json`: medians of CUDA-graph replays over caches that together
-exceed the L2 cache, the spread, copy bandwidth, and the ratio of each to cuDNN.
+exceed the L2 cache, the spread, copy bandwidth, the ratio of each to cuDNN, the same with exact tokens
+beside the packed ones, and what caches that are filled to a quarter take of the time of full ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from evidence import RESULTS, copy_bandwidth, environment, replay_times, write_r
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from tq_inductor import KVFormat, PackedKVCache
+from tq_inductor import KVFormat
+from tq_inductor.storage import PackedStorage
 
 
 class Shape(NamedTuple):
@@ -31,10 +33,11 @@ class Shape(NamedTuple):
     head_dim: int = 128
 
 
-FORMATS = ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2", "bf16")
+EXACT_TOKENS = (4, 32)  # the first and the last, as `TurboQuantCache` keeps them
+FORMATS = ("k8v8", "k8v4", "k4v4", "k4v4+exact", "k4v2", "k3v3", "k2v2", "bf16")
 SHAPES = (
     *(Shape(*sizes) for sizes in ((8, 32768), (1, 131072), (32, 8192), (64, 4096))),
-    *(Shape(1, length) for length in (2048, 8192, 32768)),
+    *(Shape(1, length) for length in (2048, 4096, 8192, 32768)),
 )
 OTHER_HEADS = (
     Shape(8, 32768, 28, 4),
@@ -47,48 +50,69 @@ COLD_BYTES = 256 << 20
 FLOOR_TERABYTES = 4.3  # per second: what cuDNN reads its bytes at
 
 
-def filled_cache(name: str, shape: Shape) -> PackedKVCache:
-    """A full cache of random bytes: codes of any value, scales of a few magnitudes."""
-    cache = PackedKVCache(shape.batch, shape.kv_heads, shape.head_dim, shape.length, kv_format=name)
+def filled_cache(name: str, shape: Shape, length: int, exact: tuple[int, int]) -> PackedStorage:
+    """A cache of random bytes with `length` tokens: codes of any value, scales of a few magnitudes."""
+    cache = PackedStorage()
+    fmt = KVFormat(name, shape.head_dim)
+    cache.allocate(fmt, shape.batch, shape.kv_heads, shape.length, torch.bfloat16, "cuda", *exact)
     cache.packed.random_(0, 64)  # as bf16 and as scales these bytes are small finite numbers
-    cache.seq_length.fill_(shape.length)
+    cache.seq_length.fill_(length)
     return cache
+
+
+def time_cache(
+    name: str, shape: Shape, filled: float = 1.0, exact: tuple[int, int] = (0, 0)
+) -> dict[str, float]:
+    """Time of one step over caches that are `filled` to this fraction, with `exact` tokens beside."""
+    batch, length, heads, kv_heads, dim = shape
+    q = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    new = torch.randn(batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    tokens = int(length * filled)
+    nbytes = KVFormat(name, dim).cache_bytes(batch, kv_heads, tokens)
+
+    def step(cache: PackedStorage) -> torch.Tensor:
+        return torch.ops.tq_inductor.tq_append_attend(
+            cache.packed, q, new, new, cache.seq_length, cache.k_rotation, cache.v_rotation,
+            None, None, None, name, length, dim**-0.5, *cache._beside,
+        )  # fmt: skip
+
+    caches = [filled_cache(name, shape, tokens, exact) for _ in range(-(-COLD_BYTES // nbytes))]
+    times = replay_times([lambda cache=cache: step(cache) for cache in caches])
+    times["gigabytes_per_second"] = round(nbytes / times["median_us"] / 1e3, 1)
+    times["share_of_floor"] = round(nbytes / FLOOR_TERABYTES / 1e6 / times["median_us"], 3)
+    return times
+
+
+def time_cudnn(shape: Shape) -> dict[str, float]:
+    """Time of cuDNN's attention over full bf16 caches."""
+    batch, length, heads, kv_heads, dim = shape
+    q = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    nbytes = KVFormat("bf16", dim).cache_bytes(batch, kv_heads, length)
+    kvs = [
+        torch.randn(2, batch, kv_heads, length, dim, dtype=torch.bfloat16, device="cuda")
+        for _ in range(-(-COLD_BYTES // nbytes))
+    ]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return replay_times(
+            [lambda kv=kv: scaled_dot_product_attention(q, *kv, enable_gqa=True) for kv in kvs]
+        )
 
 
 def time_shape(shape: Shape, formats: tuple[str, ...]) -> dict[str, Any]:
     """Times of `formats` and of cuDNN for one shape."""
-    batch, length, heads, kv_heads, dim = shape
-    q = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
-    new = torch.randn(batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
-    nbytes = KVFormat("bf16", dim).cache_bytes(batch, kv_heads, length)
-    copies = range(-(-COLD_BYTES // nbytes))
-    kvs = [
-        torch.randn(2, batch, kv_heads, length, dim, dtype=torch.bfloat16, device="cuda") for _ in copies
-    ]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        peer = replay_times(
-            [lambda kv=kv: scaled_dot_product_attention(q, *kv, enable_gqa=True) for kv in kvs]
-        )
-    row: dict[str, Any] = {**shape._asdict(), "cudnn_bf16": peer}
+    row: dict[str, Any] = {**shape._asdict(), "cudnn_bf16": time_cudnn(shape)}
     for name in formats:
-        nbytes = KVFormat(name, dim).cache_bytes(batch, kv_heads, length)
-        calls = []
-        for cache in [filled_cache(name, shape) for _ in range(-(-COLD_BYTES // nbytes))]:
-
-            def step(cache: PackedKVCache = cache) -> torch.Tensor:
-                return torch.ops.tq_inductor.tq_append_attend(
-                    cache.packed, q, new, new, cache.seq_length, cache.k_rotation, cache.v_rotation,
-                    None, None, None, name, length, dim**-0.5,  # noqa: B023
-                )  # fmt: skip
-
-            calls.append(step)
-        times = replay_times(calls)
-        times["gigabytes_per_second"] = round(nbytes / times["median_us"] / 1e3, 1)
-        times["share_of_floor"] = round(nbytes / FLOOR_TERABYTES / 1e6 / times["median_us"], 3)
-        times["speed_vs_cudnn"] = round(peer["median_us"] / times["median_us"], 3)
-        row[name] = times
+        base, _, exact = name.partition("+")
+        row[name] = times = time_cache(base, shape, exact=EXACT_TOKENS if exact else (0, 0))
+        times["speed_vs_cudnn"] = round(row["cudnn_bf16"]["median_us"] / times["median_us"], 3)
         print(f"{tuple(shape)} {name}: {times}", flush=True)
     return row
+
+
+def time_quarter(name: str, full: dict[str, Any]) -> dict[str, Any]:
+    """Time of a step over caches filled to a quarter, and what that is of the time `full` says."""
+    times = time_cache(name, SHAPES[0], 0.25)
+    return {**times, "of_full": round(times["median_us"] / full[name]["median_us"], 3)}
 
 
 def main() -> None:
@@ -97,12 +121,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="default: git's")
     args = parser.parse_args()
+    shapes = [time_shape(shape, FORMATS) for shape in SHAPES]
     result = {
         "what": "one decode step's attention, append included; full caches, cold L2",
         "environment": environment(args.commit),
         "copy_terabytes_per_second": copy_bandwidth(),
         "floor_terabytes_per_second": FLOOR_TERABYTES,
-        "shapes": [time_shape(shape, FORMATS) for shape in SHAPES],
+        "shapes": shapes,
+        "filled_to_a_quarter": {name: time_quarter(name, shapes[0]) for name in ("k4v4", "bf16")},
         "other_heads": [time_shape(shape, ("k4v4",)) for shape in OTHER_HEADS],
     }
     write_result("decode", result, args.out)

@@ -5,6 +5,8 @@ other seven below it. That gives the value / 256, exactly, subnormals included; 
 its result by `FP16_UNIT`. No native fp8 type is needed, and no byte decodes to NaN.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,9 @@ from ..codebook import FP8_UNIT, codebook
 FP16_UNIT = tl.constexpr(256.0)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 FP8_MAX = tl.constexpr(448.0)
+
+CONVERT = "mov.b32 {{p, q}}, {x}; cvt.rn.f16x2.e4m3x2 {x}, p; mov.b32 {{${0}, ${1}}}, {x}; "
+CONVERT += "cvt.rn.f16x2.e4m3x2 {x}, q; mov.b32 {{${2}, ${3}}}, {x};"
 
 
 def magnitude_words(bits: int) -> tuple[int, int]:
@@ -29,6 +34,67 @@ def quantiser(bits: int) -> tuple[tuple[float, ...], float]:
     if bits not in (2, 3, 4):
         return (), FP8_UNIT
     return codebook(bits).magnitudes, codebook(bits).unit
+
+
+@triton.constexpr_function
+def codes_per_byte(bits: int) -> int:
+    """Of a row, or if the bits are 3, of its magnitudes."""
+    return 4 if bits == 3 else 8 // bits
+
+
+def lookup_words(bits: int) -> tuple[int, int]:
+    """Eight e4m3 bytes to look codes up in, four to a word: magnitudes of 4 bits, centroids of 3 and 2."""
+    low, high = magnitude_words(bits)
+    if bits == 3:
+        high = low | 0x80808080
+    elif bits == 2:
+        low |= low << 16 | 0x80800000
+    return low, high
+
+
+@functools.cache
+def unpack_asm(bits: int) -> str:
+    """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, a word of four for each.
+
+    Operands: the results, the word, the first of `lookup_words`, and for 3 bits, of which the word has the
+    magnitudes, the word whose bytes have the signs, at bits 0, 2, 4, 6. The lookup (PRMT) takes a selector
+    of four bits, of which the highest must be clear.
+    """
+    tiles = codes_per_byte(bits)
+    high = lookup_words(bits)[1]
+    word, table, signs = (f"${4 * tiles + i}" for i in range(3))
+    lines = [".reg .b32 t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
+    if bits == 8:
+        lines.append(f"mov.b32 x0, {word};")
+    for tile in range(0 if bits == 8 else tiles // 2):  # and the tile of the other half of its bytes
+        if bits == 4:
+            lines.append(f"and.b32 t, {word}, 0x77777777;")
+        elif bits == 2:
+            lines.append(f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x33333333;")
+        else:  # the sign above the two bits of the magnitude
+            lines.append(f"shr.u32 t, {word}, {2 * tile}; shl.b32 u, {signs}, {2 - 2 * tile};")
+            lines.append("lop3.b32 t, t, 0x44444444, u, 0xB8; and.b32 t, t, 0x77777777;")
+        lines.append(
+            f"shr.u32 u, t, 16; prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;"
+        )
+        lines.append(f"prmt.b32 x{tile}, a, b, 0x6420; prmt.b32 x{tile + tiles // 2}, a, b, 0x7531;")
+    if bits == 4:
+        lines.append(f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;")
+        lines.append(f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;")
+    for tile in range(tiles):
+        lines.append(CONVERT.format(*range(4 * tile, 4 * tile + 4), x=f"x{tile}"))
+    return "{" + "\n".join(lines) + "}"
+
+
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may start before the one before it ends, and waits for it inside.
+
+    Programmatic dependent launch of Hopper and later; `PDL` is the kernel's own.
+    """
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:

@@ -8,7 +8,8 @@ Three launches (two for a lossless format):
    tokens) of its block, with two tensor-core dots a tile, and writes a normalised partial output and
    the base-2 logarithm of its sum of weights. Runs divide what is visible (`bounds`, else the
    device's length), so a cache filled to a fraction f costs f; the grid depends on static sizes only.
-3. `decode_reduce`: the partials of a query row are added up and rotated back.
+3. `decode_reduce`: the partials of a query row are added up and rotated back, and joined by what they leave
+   out: exact tokens, and slots past the length (keys of zeros).
 
 On a GPU that can, `decode_warp` takes the place of the first two for few rows without a mask.
 
@@ -20,24 +21,24 @@ Bytes: the packed rows and scales of visible slots, once per row block; partials
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import (
     FP16_UNIT,
     TINY,
+    early_launch,
     load_centroids,
     magnitude_words,
     operand_dtype,
 )
 from .decode_query import rotate_queries
-from .decode_reduce import reduce_splits
-from .decode_warp import can_convert_fp8, fits, warp_split
+from .decode_reduce import LOG2_E, NO_MASK, load_mask, mask_arguments, reduce_splits
+from .decode_warp import attend_by_warps, sm_count, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
-CPU_SMS = 2  # in the interpreter
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)
-NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+CTAS_16_BIT = 6  # of a lossless cache: two waves of those that fit
 
 
 @triton.jit
@@ -99,21 +100,6 @@ def load_rows(rows_ptr, stride_n, slots, start, filled, first, BITS: tl.constexp
 
 
 @triton.jit
-def load_mask(mask_ptr, stride_n, slots, valid, max_len, MASK: tl.constexpr):
-    """What rows at `mask_ptr` [BLOCK_M] see of `slots`, and what is added to their scores."""
-    inside = valid[:, None] & (slots < max_len)[None, :]
-    ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * stride_n
-    if MASK == BOOL_MASK:
-        visible = tl.load(ptrs, mask=inside, other=0) != 0  # [BLOCK_M, BLOCK_N]
-        bias = 0.0
-    else:
-        bias = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
-        visible = bias != float("-inf")
-        bias = tl.maximum(bias * LOG2_E, LOWEST)  # finfo.min stays finite: such a row still attends
-    return visible, bias
-
-
-@triton.jit
 def attend_tile(
     acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr, k_stride_n,
     v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias,
@@ -162,16 +148,19 @@ def attend_tile(
 
 @triton.jit
 def decode_split_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, seq_lens_ptr, bounds_ptr, mask_ptr, partial_ptr,
-    log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n, scale_stride_b, scale_stride_h, lens_stride, bounds_stride_b,
-    bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n, q_len, max_len, splits,
-    scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
-    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
+    partial_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h,
+    k_stride_n, v_stride_b, v_stride_h, v_stride_n, scale_stride_b, scale_stride_h, lens_stride,
+    from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
+    mask_stride_n, q_len, max_len, splits, scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr,
+    OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, V_GROUP: tl.constexpr,
+    HEADS: tl.constexpr, HAS_LENS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
     DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
     split = tl.program_id(0) % splits
     dv_start = tl.program_id(0) // splits % DV_BLOCKS * BLOCK_DV
@@ -188,7 +177,7 @@ def decode_split_kernel(
     if HAS_LENS:
         seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
         filled = tl.minimum(seq_len, max_len).to(tl.int32)
-    # A row sees slots low .. high - 1 (of those that the mask lets through).
+    # A row sees slots low .. high - 1 (of those that the mask lets through); here, of packed tokens.
     low = tl.zeros([BLOCK_M], tl.int32)
     high = low + max_len
     if HAS_BOUNDS:
@@ -198,6 +187,12 @@ def decode_split_kernel(
     elif HAS_LENS and MASK == NO_MASK:  # the queries are the last tokens
         high = tl.minimum(seq_len - q_len + token + 1, max_len)
         high = tl.maximum(high, 0).to(tl.int32)
+    if HAS_LENS:
+        high = tl.minimum(high, filled)
+    if SINKS + RECENT > 0:
+        first_recent = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        low = tl.maximum(low, SINKS)
+        high = tl.minimum(high, tl.minimum(first_recent, max_len).to(tl.int32))
     seen = valid & (low < high)
     begin = tl.min(tl.where(seen, low, max_len), axis=0) // BLOCK_N * BLOCK_N
     end = tl.max(tl.where(seen, high, 0), axis=0)
@@ -242,7 +237,8 @@ def decode_split_kernel(
                 K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         else:
-            let_through, bias = load_mask(mask_ptr, mask_stride_n, slots, valid, max_len, MASK)
+            ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
+            let_through, bias = load_mask(ptrs, valid[:, None] & (slots < max_len)[None, :], MASK)
             visible = visible & let_through
             if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
                 acc, total, peak = attend_tile(
@@ -252,18 +248,13 @@ def decode_split_kernel(
                     BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
+    if PDL:
+        gdc_launch_dependents()
     dims = dv_start + tl.arange(0, BLOCK_DV)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     mask = valid[:, None] & (dims < V_DIM)[None, :]
     tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
     tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
-
-
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of `device`."""
-    if device.type == "cpu":
-        return CPU_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -292,6 +283,7 @@ def decode(
     fmt: KVFormat,
     max_len: int,
     scale: float,
+    beside: Beside = NOTHING,
 ) -> torch.Tensor:
     """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`.
 
@@ -301,30 +293,26 @@ def decode(
     if out.numel() == 0:
         return out
     bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
-    group = q.shape[1] // cache.shape[1]
-    if attn_mask is None and fits(fmt, q.dtype, q.shape[2] * group) and can_convert_fp8(q.device):
+    if takes(q, fmt, cache.shape[1], attn_mask):
         with torch.cuda.device_of(q):
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
-            partial, logs = warp_split(
-                *queries, cache, seq_lens, bounds, q.shape[2], fmt, max_len, sm_count(q.device)
+            attend_by_warps(
+                out, q, queries, cache, seq_lens, v_rotation, bounds, sinks, fmt, max_len, scale, beside
             )
-            reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)
         return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
+    visible = (attn_mask, bounds, sinks, max_len, scale)
     with torch.cuda.device_of(q):
         if fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
-            _launch(out, q, k, v, fmt, None, seq_lens, None, attn_mask, bounds, sinks, max_len, scale)
+            _launch(out, q, q, k, v, fmt, None, seq_lens, None, *visible, NOTHING)
         else:
             k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
             scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
-            queries = rotate(q, k_rotation)
-            _launch(
-                out, queries, k, v, fmt, scales, seq_lens, v_rotation, attn_mask, bounds, sinks, max_len,
-                scale,
-            )  # fmt: skip
+            rotated = rotate(q, k_rotation)
+            _launch(out, q, rotated, k, v, fmt, scales, seq_lens, v_rotation, *visible, beside)
     return out
 
 
@@ -345,18 +333,19 @@ def attend(
     bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
-        _launch(out, q, k, v, None, None, None, None, attn_mask, bounds, sinks, k.shape[2], scale)
+        visible = (attn_mask, bounds, sinks, k.shape[2], scale)
+        _launch(out, q, q, k, v, None, None, None, None, *visible, NOTHING)
     return out
 
 
 def _launch(
     out: torch.Tensor,
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fmt: KVFormat | None,
+    raw_q: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fmt: KVFormat | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None, seq_lens: torch.Tensor | None,
     v_rotation: torch.Tensor | None, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
-    sinks: torch.Tensor | None, max_len: int, scale: float,
+    sinks: torch.Tensor | None, max_len: int, scale: float, beside: Beside,
 ) -> None:  # fmt: skip
-    """Fill `out` `[B, H, q, Dv]`; q is rotated and `scales` given if k and v are packed."""
+    """Fill `out` `[B, H, q, Dv]`; q is `raw_q` rotated and `scales` given if k and v are packed."""
     batch, heads, q_len, dim = q.shape
     dv, kv_heads = out.shape[3], k.shape[1]
     if out.numel() == 0:
@@ -376,31 +365,35 @@ def _launch(
     block_d = block_d if block_d <= largest else largest // 2
     block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
     programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
-    wanted = CTAS_PER_SM * sm_count(q.device) // (programs * kv_heads * batch)
+    wanted = (CTAS_PER_SM if scales else CTAS_16_BIT) * sm_count(q.device) // (programs * kv_heads * batch)
     splits = max(1, min(triton.cdiv(max_len, block_n), wanted))
 
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
-    mask_kind, mask, mask_strides = NO_MASK.value, q, (0, 0, 0, 0)
-    if attn_mask is not None:
-        mask_kind = BOOL_MASK.value if attn_mask.dtype == torch.bool else FLOAT_MASK.value
-        mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK.value else attn_mask
-        mask_strides = mask.expand(batch, heads, q_len, max_len).stride()
+    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     k_bits, v_bits = (fmt.k_bits, fmt.v_bits) if scales and fmt else (16, 16)
     k_lo, k_hi = magnitude_words(k_bits)
     v_lo, v_hi = magnitude_words(v_bits)
     k_scales, v_scales = scales or (q, q)
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
+    exact_from = beside.exact_from
+    from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
     bounds_strides = (0, 0) if bounds is None else bounds.stride()[:2]
     decode_split_kernel[(programs * splits, kv_heads, batch)](
-        q, k, v, k_scales, v_scales, q if seq_lens is None else seq_lens, q if bounds is None else bounds,
-        mask, partial, logs, *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2],
-        lens_stride, *bounds_strides, *mask_strides, q_len, max_len, splits, scale,
+        q, k, v, k_scales, v_scales, q if seq_lens is None else seq_lens,
+        q if exact_from is None else exact_from, q if bounds is None else bounds, mask, partial, logs,
+        *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2], lens_stride, from_stride,
+        *bounds_strides, *mask_strides, q_len, max_len, splits, scale,
         K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
-        HAS_LENS=seq_lens is not None, HAS_BOUNDS=bounds is not None, MASK=mask_kind,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
+        HAS_BOUNDS=bounds is not None, MASK=mask_kind, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
+        **early_launch(q.device),
     )  # fmt: skip
-    reduce_splits(out, partial, logs, seq_lens, v_rotation, sinks, group, max_len)
+    reduce_splits(
+        out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
+        beside,
+    )  # fmt: skip

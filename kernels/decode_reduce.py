@@ -1,37 +1,146 @@
-"""The last step of split-KV decoding: add the partial outputs of each query row, rotate the sum back."""
+"""The last step of split-KV decoding: add up the partial outputs of a query row, and what they leave out.
+
+Partials are of packed tokens, in the rotated space of the values, their scores less `q . mean`. Left out
+are exact tokens (`beside` says which), a sink of the head, and visible slots past the length, whose keys
+and values are zeros. A program takes one query row.
+
+Bytes: the partials, and the exact tokens of a KV head for each of its query rows, once from memory.
+"""
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .bits import hadamard, nan_if_overfull
+from ..beside import NOTHING, Beside
+from .bits import early_launch, hadamard, nan_if_overfull
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-NONE, HADAMARD, MATRIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOWEST = tl.constexpr(-3.0e38)
+# What is left to do of the rotation back.
+NONE, HADAMARD, MATRIX, SIGNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def load_mask(ptrs, inside, MASK: tl.constexpr):
+    """What a mask lets through, and what it adds to scores."""
+    if MASK == BOOL_MASK:
+        visible = tl.load(ptrs, mask=inside, other=0) != 0
+        bias = 0.0
+    else:
+        bias = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
+        visible = bias != float("-inf")
+        bias = tl.maximum(bias * LOG2_E, LOWEST)  # finfo.min stays finite: such a row still attends
+    return visible, bias
+
+
+def mask_arguments(
+    attn_mask: torch.Tensor | None, q: torch.Tensor, max_len: int
+) -> tuple[int, torch.Tensor, tuple[int, ...]]:
+    """(kind, tensor, its strides over `[B, H, q, max_len]`) for a kernel; without a mask any tensor."""
+    if attn_mask is None:
+        return NO_MASK.value, q, (0, 0, 0, 0)
+    is_bool = attn_mask.dtype == torch.bool
+    mask = attn_mask.view(torch.uint8) if is_bool else attn_mask
+    strides = mask.expand(*q.shape[:3], max_len).stride()
+    return BOOL_MASK.value if is_bool else FLOAT_MASK.value, mask, strides
+
+
+@triton.jit
+def join(peak, total, scores):
+    """(peak, total of weights) with `scores` added, the decay of what was summed before, their weights."""
+    new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    decay, weights = tl.exp2(peak - origin), tl.exp2(scores - origin)
+    return new_peak, total * decay + tl.sum(weights, axis=0), decay, weights
+
+
+@triton.jit
+def score_zeros(peak, total, mask_ptr, stride_n, first, high, MASK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(peak, total, decay) with the slots `first` .. `high` - 1 added, whose keys and values are zeros."""
+    before = peak
+    if MASK == NO_MASK:
+        count = tl.maximum(high - first, 0).to(tl.float32)
+        log = tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), float("-inf"))
+        peak, total, _, _ = join(peak, total, tl.zeros([1], tl.float32) + log)
+    else:
+        for start in range(first, high, BLOCK_N):
+            slots = start + tl.arange(0, BLOCK_N)
+            visible, bias = load_mask(mask_ptr + slots.to(tl.int64) * stride_n, slots < high, MASK)
+            scores = tl.where(visible & (slots < high), bias, float("-inf"))
+            peak, total, _, _ = join(peak, total, scores)
+    return peak, total, tl.exp2(before - tl.where(peak == float("-inf"), 0.0, peak))
+
+
+@triton.jit
+def locate_exact(i, first_recent, filled, low, high, SINKS: tl.constexpr, RECENT: tl.constexpr):
+    """Of the exact tokens with index `i`: position, slot, and which exist within `low` .. `high` - 1."""
+    position = tl.where(i < SINKS, i, first_recent + i - SINKS)
+    slot = tl.where(i < SINKS, i, SINKS + (position - SINKS) % max(RECENT, 1))
+    exists = (i < SINKS + RECENT) & (position < filled) & (position >= low) & (position < high)
+    return position, slot, exists
+
+
+@triton.jit
+def load_exact(ptr, slot, exists, dims, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The keys (or values) of these slots, [tokens, dims]; zeros where none exist."""
+    ptrs = ptr + slot.to(tl.int64)[:, None] * WIDTH + dims[None, :]
+    return tl.load(ptrs, mask=exists[:, None] & (dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def decode_reduce_kernel(
-    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lens_stride, heads, splits,
-    q_len, max_len, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, q_ptr, mean_ptr, exact_ptr,
+    exact_from_ptr, bounds_ptr, mask_ptr, lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t,
+    q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
+    mask_stride_n, heads, splits, q_len, max_len, scale, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    EXACT: tl.constexpr = SINKS + RECENT
+    WIDTH: tl.constexpr = K_DIM + V_DIM
     row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
     group_row = row // HEADS
     kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
     batch_head = kv_row * HEADS + row % HEADS
-    dims = tl.arange(0, BLOCK_D)
+    batch, head = batch_head // heads, batch_head % heads
+    dims, k_dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+
     missing = 0.0
     if HAS_LENS:
-        missing = nan_if_overfull(tl.load(seq_lens_ptr + batch_head // heads * lens_stride), max_len)
-    if ROTATION == HADAMARD:
+        seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
+        missing = nan_if_overfull(seq_len, max_len)
+        filled = tl.minimum(seq_len, max_len).to(tl.int32)
+        low, high = filled * 0, filled * 0 + max_len
+        if HAS_BOUNDS:
+            bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
+            low = tl.maximum(tl.load(bounds_ptr), 0)
+            high = tl.minimum(tl.load(bounds_ptr + 1), max_len)
+        elif MASK == NO_MASK:  # the queries are the last tokens
+            high = tl.minimum(seq_len - q_len + token + 1, max_len).to(tl.int32)
+        mask_ptr += batch * mask_stride_b + head * mask_stride_h + token * mask_stride_t
+    if HAS_MEAN or EXACT > 0:
+        q_ptr += batch * q_stride_b + head * q_stride_h + token * q_stride_t
+        q = tl.load(q_ptr + k_dims * q_stride_d, mask=k_dims < K_DIM, other=0.0).to(tl.float32)
+        q *= scale * LOG2_E
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if EXACT > 0:  # on their way while the partials are added
+        first_recent = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        first_recent = tl.maximum(tl.minimum(first_recent, max_len), SINKS).to(tl.int32)
+        exact_ptr += kv_row * (EXACT * WIDTH)
+        i = tl.arange(0, BLOCK_E)
+        position, slot, exists = locate_exact(i, first_recent, filled, low, high, SINKS, RECENT)
+        k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
+        v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
+    if ROTATION == HADAMARD or ROTATION == SIGNS:  # noqa: SIM109
         first_column = tl.load(rotation_ptr + dims * V_DIM)
-    peak = float("-inf")
-    total = 0.0
-    if HAS_SINKS:
-        peak = tl.load(sinks_ptr + batch_head % heads).to(tl.float32) * LOG2_E
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+
+    peak, total = float("-inf"), 0.0
     out = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
@@ -41,18 +150,46 @@ def decode_reduce_kernel(
         partial = tl.load(partial_ptrs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
         # Not a mask of the load, which would wait for the logarithms.
         partial = tl.where((log == float("-inf"))[:, None], 0.0, partial)
-        new_peak = tl.maximum(peak, tl.max(log, axis=0))
-        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight, decay = tl.exp2(log - origin), tl.exp2(peak - origin)
-        out = out * decay + tl.sum(partial * weight[:, None], axis=0)
-        total = total * decay + tl.sum(weight, axis=0)
-        peak = new_peak
-    out /= tl.where(total == 0.0, 1.0, total)
-    out += missing
+        peak, total, decay, weights = join(peak, total, log)
+        out = out * decay + tl.sum(partial * weights[:, None], axis=0)
+
+    if HAS_MEAN:
+        mean = tl.load(mean_ptr + kv_row * K_DIM + k_dims, mask=k_dims < K_DIM, other=0.0)
+        peak += tl.sum(q * mean.to(tl.float32), axis=0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head + tl.arange(0, 1)).to(tl.float32) * LOG2_E
+        peak, total, decay, _ = join(peak, total, sink)
+        out *= decay
+    if HAS_LENS:
+        first = tl.maximum(low, filled)
+        peak, total, decay = score_zeros(peak, total, mask_ptr, mask_stride_n, first, high, MASK, 1024)
+        out *= decay
+    extra = tl.zeros([BLOCK_D], tl.float32)  # in the space of the values as they came
+    if EXACT > 0:
+        for start in range(0, EXACT, BLOCK_E):
+            scores = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
+            if MASK != NO_MASK:
+                ptrs = mask_ptr + position.to(tl.int64) * mask_stride_n
+                visible, bias = load_mask(ptrs, exists, MASK)
+                exists, scores = exists & visible, scores + bias
+            scores = tl.where(exists, scores, float("-inf"))
+            peak, total, decay, weights = join(peak, total, scores)
+            # A weight of zero hides no NaN.
+            value = tl.where(exists[:, None], v.to(tl.float32), 0.0)
+            extra = extra * decay + tl.sum(value * weights[:, None], axis=0)
+            out *= decay
+            if EXACT > BLOCK_E:
+                i = start + BLOCK_E + tl.arange(0, BLOCK_E)
+                position, slot, exists = locate_exact(i, first_recent, filled, low, high, SINKS, RECENT)
+                k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
+                v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    out = out * share + missing
+    extra *= share
 
     out_ptr += (batch_head * q_len + token) * V_DIM
     if ROTATION == HADAMARD:  # the rotation is its first column times the Hadamard matrix
-        rotated = tl.reshape(hadamard(out[None, :]), [BLOCK_D]) * first_column
+        rotated = tl.reshape(hadamard(out[None, :]), [BLOCK_D]) * first_column + extra
         tl.store(out_ptr + dims, rotated.to(out_ptr.dtype.element_ty))
     elif ROTATION == MATRIX:
         for start in range(0, V_DIM, BLOCK_OUT):
@@ -60,36 +197,72 @@ def decode_reduce_kernel(
             mask = (columns < V_DIM)[:, None] & (dims < V_DIM)[None, :]
             rotation_ptrs = rotation_ptr + columns[:, None] * V_DIM + dims[None, :]
             rotation = tl.load(rotation_ptrs, mask=mask, other=0.0)  # [BLOCK_OUT, BLOCK_D]
-            rotated = tl.sum(rotation * out[None, :], axis=1)
+            same = columns[:, None] == dims[None, :]
+            rotated = tl.sum(rotation * out[None, :] + tl.where(same, extra[None, :], 0.0), axis=1)
             tl.store(out_ptr + columns, rotated.to(out_ptr.dtype.element_ty), mask=columns < V_DIM)
     else:
+        if ROTATION == SIGNS:
+            out = out * first_column + extra
         tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
+
+
+def blocks_of(splits: int, dim: int, exact: bool) -> tuple[int, int]:
+    """Dims and warps of a program that has no transform to do: more programs of many splits."""
+    if splits > 64:
+        return min(32, dim), 8
+    if splits > 16:
+        return min(32, dim), 4 if exact else 2
+    return dim, 4 if splits > 4 or exact else 1
 
 
 def reduce_splits(
     out: torch.Tensor,
     partial: torch.Tensor,
     logs: torch.Tensor,
+    q: torch.Tensor,
     seq_lens: torch.Tensor | None,
     v_rotation: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
     sinks: torch.Tensor | None,
     group: int,
     max_len: int,
+    scale: float,
+    beside: Beside = NOTHING,
+    transformed: bool = False,
 ) -> None:
-    """Fill `out` `[B, H, q, Dv]` from partials `[B, Hkv, row, split, Dv]`; rows are token-major."""
+    """Fill `out` `[B, H, q, Dv]` from partials `[B, Hkv, row, split, Dv]`; rows are token-major.
+
+    The partials are rotated if there is a rotation, or `transformed`: of the rotation the signs are left.
+    `q` `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the batch.
+    """
     batch, heads, q_len, dv = out.shape
-    splits = partial.shape[3]
+    dim, splits = q.shape[3], partial.shape[3]
+    k_mean, exact, exact_from, sink_tokens = beside
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
-    block_d = triton.next_power_of_2(dv)
+    from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
+    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
+    block_d, block_k = triton.next_power_of_2(dv), triton.next_power_of_2(dim)
     rotation = NONE if v_rotation is None else HADAMARD if block_d == dv else MATRIX
     padded = triton.next_power_of_2(splits)
-    num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
-    decode_reduce_kernel[(batch * heads * q_len,)](
+    num_warps = 16 if padded > 64 else 4 if padded > 4 or exact is not None else 1
+    if transformed:
+        rotation = SIGNS
+    if rotation in (NONE, SIGNS):
+        block_d, num_warps = blocks_of(splits, block_d, exact is not None)
+    slots = triton.next_power_of_2(0 if exact is None else exact.shape[2])
+    decode_reduce_kernel[(batch * heads * q_len, triton.cdiv(dv, block_d))](
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks,
-        out if v_rotation is None else v_rotation, out, lens_stride, heads, splits, q_len, max_len,
-        ROTATION=rotation.value, HAS_LENS=seq_lens is not None, HAS_SINKS=sinks is not None,
-        V_DIM=dv, HEADS=group,
-        BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),  # 64 values a thread
-        BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
-        num_warps=num_warps,
+        out if v_rotation is None else v_rotation, out, q, out if k_mean is None else k_mean,
+        out if exact is None else exact, out if exact_from is None else exact_from,
+        out if bounds is None else bounds, mask, lens_stride, from_stride, *q.stride(),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, heads, splits, q_len, max_len,
+        scale, ROTATION=rotation.value, HAS_LENS=seq_lens is not None, HAS_BOUNDS=bounds is not None,
+        MASK=mask_kind, HAS_SINKS=sinks is not None, HAS_MEAN=k_mean is not None, SINKS=sink_tokens,
+        RECENT=beside.recent_tokens, K_DIM=dim, V_DIM=dv, HEADS=group,
+        # 64 values a thread
+        BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),
+        BLOCK_E=max(1, min(slots, 1024 * num_warps // max(block_k, block_d))),
+        BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
+        num_warps=num_warps, **early_launch(out.device),
     )  # fmt: skip

@@ -23,54 +23,31 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language import float16
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from ..beside import NOTHING, Beside
 from ..format import KVFormat
-from .bits import TINY, magnitude_words
+from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
+from .decode_reduce import reduce_splits
+from .warp_tiles import (
+    copy_keys,
+    copy_values,
+    key_byte,
+    key_words,
+    operands,
+    place_byte,
+    read_scales,
+    value_layout,
+    words_of_row,
+    written_bytes,
+)
 
-# Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
-SHARED_BYTES = 227 << 10  # of a multiprocessor
+WARPS = 8  # on a multiprocessor: with the most registers, and enough to fill it
+SCHEDULERS = 4  # of a multiprocessor
+CPU_SMS, CPU_SHARED_BYTES = 2, 99 << 10  # in the interpreter
 WEIGHT_BITS = gl.constexpr(15.0)
-CONVERT = "mov.b32 {{p, q}}, {x}; cvt.rn.f16x2.e4m3x2 {x}, p; mov.b32 {{${0}, ${1}}}, {x}; "
-CONVERT += "cvt.rn.f16x2.e4m3x2 {x}, q; mov.b32 {{${2}, ${3}}}, {x};"
-
-
-@functools.cache
-def unpack_asm(bits: int) -> str:
-    """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, 8 / bits words of four.
-
-    Operands: the results, the word, and the first word of the table of magnitudes.
-    """
-    tiles = 8 // bits
-    low, high = magnitude_words(bits)
-    word, table = f"${4 * tiles}", f"${4 * tiles + 1}"
-    lines = [".reg .b32 t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
-    if bits == 8:
-        lines.append(f"mov.b32 x0, {word};")
-    elif bits == 4:  # PRMT looks four magnitudes up; bit 3 of its selectors must be clear
-        lines += [
-            f"and.b32 t, {word}, 0x77777777; shr.u32 u, t, 16;",
-            f"prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;",
-            "prmt.b32 x0, a, b, 0x6420; prmt.b32 x1, a, b, 0x7531;",
-            f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;",
-            f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;",
-        ]
-    else:  # one of two magnitudes
-        first, step = low & 0xFF, (low >> 8 & 0xFF) - (low & 0xFF)
-        for tile in range(tiles):
-            lines += [
-                f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x01010101;",
-                f"mad.lo.u32 x{tile}, t, {step}, {first * 0x01010101:#x};",
-                f"shl.b32 t, {word}, {6 - 2 * tile}; lop3.b32 x{tile}, t, 0x80808080, x{tile}, 0xEA;",
-            ]
-    for tile in range(tiles):
-        lines.append(CONVERT.format(*range(4 * tile, 4 * tile + 4), x=f"x{tile}"))
-    return "{" + "\n".join(lines) + "}"
-
 
 # `$1`, in a register: lane masks below and above never meet, but the assembler does not know, and so
 # does not keep the value in a uniform register, from which it would be copied before every lookup.
@@ -79,169 +56,82 @@ OPAQUE = gl.constexpr(
     " and.b32 a, a, b; xor.b32 $0, $1, a; }"
 )
 TRANSPOSE = gl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
+WAIT = gl.constexpr("griddepcontrol.wait; // $0")
+LAUNCH_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
 
-# A tile comes in pieces of 4 runs of contiguous bytes: 16 key rows (4 runs of 4), or 16 bytes of every
-# value row (a run for each 16 tokens). In shared memory a piece is rows of up to 32 words.
+def hadamard_asm() -> str:
+    """PTX: the Hadamard transform of each column of sums [16, 8], of which a lane has 4.
+
+    Lane 4r + c has rows r and r + 8 of two columns, so a step pairs registers or lanes 4, 8, 16 apart.
+    """
+    lines = [
+        ".reg .f32 x0, x1, x2, x3, y, s; .reg .b32 t; .reg .pred p;",
+        "add.f32 x0, $4, $6; add.f32 x1, $5, $7; sub.f32 x2, $4, $6; sub.f32 x3, $5, $7;",
+    ]
+    for step in (4, 8, 16):
+        lines.append(f"mov.u32 t, %laneid; and.b32 t, t, {step};")
+        lines.append("setp.eq.u32 p, t, 0; selp.f32 s, 1.0, -1.0, p;")
+        for i in range(4):
+            lines.append(f"shfl.sync.bfly.b32 y, x{i}, {step}, 31, -1; fma.rn.f32 x{i}, x{i}, s, y;")
+    lines += [f"mov.f32 ${i}, x{i};" for i in range(4)]
+    return "{" + "\n".join(lines) + "}"
 
 
-@gluon.constexpr_function
-def words_of_row(run: int) -> int:
-    return min(32, run // 4)
-
-
-@gluon.constexpr_function
-def read_layout(run: int, registers: list, lanes: list):
-    """The layout in which bit i of a lane's registers, or of its index, stands for these bytes."""
-    words = min(32, run // 4)
-    bases = [[[byte // 4 // words, byte // 4 % words] for byte in bits] for bits in (registers, lanes)]
-    return gl.DistributedLinearLayout(*bases, [], [], [run // words, words])
-
-
-@gluon.constexpr_function
-def key_layout(row: int):
-    """Lane 4r + c: a quarter of key row r // 2 * 4 + r % 2 of the piece, then of the row two further."""
-    words = [4 << i for i in range((row // 16).bit_length() - 1)]
-    return read_layout(4 * row, [*words, 2 * row], [row // 4, row // 2, row, 4 * row, 8 * row])
-
-
-@gluon.constexpr_function
-def value_layout():
-    """Lane 4r + c: 16 tokens, the c-th, of bytes r and r + 8."""
-    return read_layout(256, [4, 8, 128], [256, 512, 16, 32, 64])
+HADAMARD_16 = gl.constexpr(hadamard_asm())
 
 
 @gluon.jit
-def copy_scales(shared, ptr, left):
-    """Start copying the scales of a tile, of which `left` tokens are left, to shared memory [4, 8, 2]."""
-    LANES: gl.constexpr = gl.BlockedLayout([1, 1, 2], [4, 8, 1], [1, 1, 1], [2, 1, 0])
-    run = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, LANES)))[:, None, None]
-    pair = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LANES)))[None, :, None]
-    token = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, LANES)))[None, None, :]
-    ptr += run * 16 + pair * 2 + token
-    async_load(shared, ptr, mask=run * 16 + 0 * (pair + token) < left)
-
-
-@gluon.jit
-def read_scales(shared, layout: gl.constexpr):
-    """The scales of a tile in the order of `place_byte`, a token a row."""
-    bases: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    LANES: gl.constexpr = gl.DistributedLinearLayout(
-        bases, [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 2, 0]], [], [], [8, 4, 2]
-    )
-    x = gl.reshape(shared.permute([1, 0, 2]).load(LANES), [64])
-    return gl.convert_layout(x, layout, assert_trivial=True).to(gl.float32)
-
-
-@gluon.jit
-def copy_tile(shared, ptr, stride, left, RUN: gl.constexpr):
-    """Start copying a tile's pieces to shared memory; `left` tokens, runs `stride` words apart."""
-    PIECES: gl.constexpr = shared.shape[0]
-    ROWS: gl.constexpr = shared.shape[1]
-    WORDS: gl.constexpr = shared.shape[2]
-    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [1, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None]
-    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LANES))[None, :]
-    run = row // (ROWS // 4)
-    ptr += run * stride + row % (ROWS // 4) * WORDS + word
-    mask = run * 16 + 0 * word < left
-    for i in gl.static_range(PIECES):
-        async_load(shared.index(i), ptr + i * (RUN // 4), mask=mask)
-    async_copy.commit_group()
-
-
-@gluon.constexpr_function
-def constraints_of(bits: int) -> str:
-    """Of `unpack_asm`."""
-    return "=h," * (32 // bits) + "r,r"
-
-
-@gluon.jit
-def place_byte(place, BYTES: gl.constexpr):
-    """Which byte of 4 * BYTES is `place` along the sum of an operand."""
-    return place // 2 % 4 * BYTES + place // 8 * 2 + place % 2
-
-
-@gluon.jit
-def operands(words, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.constexpr):
-    """Words [2, 8, 4, n] -> 8 / BITS first operands [16, 16n], one for each code of a byte."""
-    CONSTRAINTS: gl.constexpr = constraints_of(BITS)
-    # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
-    if BITS == 8:
-        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
-            float16, float16, float16, float16))  # fmt: skip
-    elif BITS == 4:
-        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
-            float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
-    else:
-        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
-            float16, float16, float16, float16, float16, float16, float16, float16,
-            float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
-    tiles = ()
-    for i in gl.static_range(8 // BITS):
-        # [2, 8, lane, word, place % 2, which pair of the word]
-        y = gl.join(gl.join(x[4 * i], x[4 * i + 1]), gl.join(x[4 * i + 2], x[4 * i + 3]))
-        y = gl.reshape(gl.permute(y, [0, 1, 3, 5, 2, 4]), [16, 16 * words.shape[3]])
-        tiles += (gl.convert_layout(y, layout, assert_trivial=True),)
-    return tiles
-
-
-@gluon.jit
-def copy_keys(shared, ptrs, left, ROW: gl.constexpr):
-    """Start copying the keys of a tile, of which `left` tokens are left, and the scales."""
-    copy_scales(shared[2], ptrs[2], left)
-    copy_scales(shared[3], ptrs[3], left)
-    copy_tile(shared[0], ptrs[0], 4 * ROW, left, 4 * ROW)
-
-
-@gluon.jit
-def copy_values(shared, ptrs, left, ROW: gl.constexpr):
-    """Start copying the values of a tile, of which `left` tokens are left."""
-    copy_tile(shared[1], ptrs[1], 4 * ROW, left, 256)
-
-
-@gluon.jit
-def written_bytes(count):
-    """All bits of the bytes of the first `count` tokens, in `value_layout`: stale ones may be NaN."""
-    run = gl.arange(0, 8, layout=gl.SliceLayout(1, value_layout()))[:, None] // 2
-    word = gl.arange(0, 32, layout=gl.SliceLayout(0, value_layout()))[None, :] % 4
-    missing = gl.minimum(gl.maximum(4 - (count - run * 16 - word * 4), 0), 4)
-    bits = gl.where(missing == 4, 0, -1).to(gl.uint32) >> (8 * (missing % 4)).to(gl.uint32)
-    return bits.to(gl.int32)
+def hadamard(tiles, COUNT: gl.constexpr):
+    """The Hadamard transform over the 16 * COUNT dims of sums, COUNT tiles [16, N] in any order of bits."""
+    x = ()
+    for i in gl.static_range(COUNT):
+        y = gl.inline_asm_elementwise(HADAMARD_16, "=f,=f,=f,=f,f,f,f,f", [tiles[i]], gl.float32, True, 4)
+        x += (y,)
+    for bit in gl.static_range(4):
+        if 1 << bit < COUNT:
+            y = ()
+            for i in gl.static_range(COUNT):
+                if i >> bit & 1:
+                    y += (x[i - (1 << bit)] - x[i],)
+                else:
+                    y += (x[i] + x[i + (1 << bit)],)
+            x = y
+    return x
 
 
 @gluon.jit
 def attend_tile(
     acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr,
-    K_ROW: gl.constexpr, V_ROW: gl.constexpr, MMA: gl.constexpr,
+    K_ROW: gl.constexpr, V_ROW: gl.constexpr, K_PLANE: gl.constexpr, V_DIM: gl.constexpr,
+    MMA: gl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` are those of the next tile."""
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     TOKENS: gl.constexpr = gl.SliceLayout(1, MMA)
-    K_WORDS: gl.constexpr = K_ROW // 16  # words of a lane
+    V_CODES: gl.constexpr = codes_per_byte(V_BITS)
+    V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
     next_start = start + TILE
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
-        words = shared[0].index(m).load(key_layout(K_ROW))
-        words = gl.permute(gl.reshape(words, [4, 2, 2, 4, K_WORDS]), [1, 0, 2, 3, 4])
-        k = operands(gl.reshape(words, [2, 8, 4, K_WORDS]), tables[0], K_ASM, K_BITS, FIRST)
+        words, signs = key_words(shared, m, K_PLANE, 2 if K_BITS == 3 else 1)
+        k = operands(words, signs, tables[0], K_ASM, K_BITS, FIRST)
         x = gl.zeros([16, N], gl.float32, MMA)
-        for t in gl.static_range(8 // K_BITS):
+        for t in gl.static_range(codes_per_byte(K_BITS)):
             x = mma_v2(k[t], q[t], x)
         s += (x,)
     k_scale, v_scale = read_scales(shared[2], TOKENS), read_scales(shared[3], TOKENS)
-    copy_keys(shared, ptrs, end - next_start, K_ROW)
+    copy_keys(shared, ptrs, end - next_start, K_ROW, K_PLANE)
     s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
     s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
 
     low, high, filled, whole_from, whole_to = sees
     if (start < whole_from) | (start + TILE > whole_to):
         here = start + place_byte(gl.arange(0, TILE, layout=TOKENS), 16)
-        s = gl.where((here < filled)[:, None], s, 0.0)
         inside = (here[:, None] >= low[None, :]) & (here[:, None] < high[None, :])
         s = gl.where(inside, s, float("-inf"))
         v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
@@ -264,33 +154,53 @@ def attend_tile(
         written = written_bytes(filled - start)
     async_copy.wait_group(1)
     new_acc = ()
-    for m in gl.static_range(V_ROW // 16):
+    for m in gl.static_range(V_PIECES):
         words = shared[1].index(m).load(value_layout())
         if V_BITS == 8:
             words &= written
+        signs = words
+        if V_BITS == 3:  # of dims 16m.. at bits m // (V_DIM / 128) + 2t
+            signs = shared[1].index(V_PIECES + m % (V_DIM // 128)).load(value_layout())
+            signs = (signs.to(gl.uint32) >> (m // (V_DIM // 128))).to(gl.int32)
+            signs = gl.permute(gl.reshape(signs, [4, 2, 8, 4]), [1, 2, 0, 3])
         words = gl.permute(gl.reshape(words, [4, 2, 8, 4]), [1, 2, 0, 3])
-        v = operands(words, tables[1], V_ASM, V_BITS, FIRST)
-        for t in gl.static_range(8 // V_BITS):
-            new_acc += (mma_v2(v[t], p, acc[m * (8 // V_BITS) + t] * decay),)
-    copy_values(shared, ptrs, end - next_start, V_ROW)
+        v = operands(words, signs if V_BITS == 3 else words, tables[1], V_ASM, V_BITS, FIRST)
+        for t in gl.static_range(V_CODES):
+            new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
+    copy_values(shared[1], ptrs[1], end - next_start, V_ROW)
     return new_acc, total, peak, largest
 
 
 @gluon.jit
+def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr):
+    """Where the keys, the values and their scales of the slots from `start` lie in a page."""
+    start = start.to(gl.int64)
+    return (
+        page.to(gl.pointer_type(gl.int32)) + start * (K_ROW // 4),
+        (page + offsets[0]).to(gl.pointer_type(gl.int32)) + start * (V_ROW // 4),
+        (page + offsets[1]).to(gl.pointer_type(gl.bfloat16)) + start,
+        (page + offsets[2]).to(gl.pointer_type(gl.bfloat16)) + start,
+    )
+
+
+@gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, bounds_ptr, partial_ptr, log_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, bounds_stride_b, bounds_stride_t,
+    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
     v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, N: gl.constexpr,
+    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
-    K_ROWS: gl.constexpr = 4 * K_ROW // words_of_row(4 * K_ROW)  # of a piece in shared memory
+    K_PLANE: gl.constexpr = K_DIM // codes_per_byte(K_BITS)  # without signs, if these are separate
+    V_PLANE: gl.constexpr = V_DIM // codes_per_byte(V_BITS)
+    K_WORDS: gl.constexpr = words_of_row(4 * K_PLANE)  # of a row of a piece in shared memory
     # Swizzled: of 8 lanes that read 16 bytes, two have neighbouring rows and four distant ones.
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -300,7 +210,7 @@ def warp_split_kernel(
     batch = gl.program_id(2).to(gl.int64)
     group = batch * gl.num_programs(1) + kv_head
 
-    # A query row sees slots low .. high - 1; those past the length are keys and values of zeros.
+    # A query row sees slots low .. high - 1.
     row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
     valid = row < rows
     token = row // HEADS
@@ -313,6 +223,7 @@ def warp_split_kernel(
         low = token * 0
         high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
     filled = gl.minimum(seq_len, max_len).to(gl.int32)
+    high = gl.minimum(high, filled)
     seen = valid & (low < high)
     begin = gl.min(gl.where(seen, low, max_len), axis=0) // 16 * 16
     end = gl.max(gl.where(seen, high, 0), axis=0)
@@ -320,35 +231,46 @@ def warp_split_kernel(
     first = begin + split * share
     end = gl.minimum(first + share, end)
 
-    # Tiles between these need no mask: every row sees all of them.
-    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
-    whole_to = gl.minimum(gl.min(gl.where(valid, high, max_len), axis=0), filled)
-
     part = (group * rows + row) * splits + split
+    # Until it waits, a program that started early may read what the launch before does not write: not
+    # the runs of 16 tokens (scales are read through the first-level cache) that have new ones.
+    if PDL and (first >= end) | (end > (seq_len - q_len) // 16 * 16):
+        gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
     if first >= end:
         gl.store(log_ptr + part, gl.full([N], float("-inf"), gl.float32, COLUMNS), mask=valid)
         return
 
     page = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
-    k_ptr = page.to(gl.pointer_type(gl.int32)) + first.to(gl.int64) * (K_ROW // 4)
-    v_ptr = (page + v_rows_offset).to(gl.pointer_type(gl.int32)) + first.to(gl.int64) * (V_ROW // 4)
-    k_scale_ptr = (page + k_scales_offset).to(gl.pointer_type(gl.bfloat16)) + first
-    v_scale_ptr = (page + v_scales_offset).to(gl.pointer_type(gl.bfloat16)) + first
-    shared = (
-        gl.allocate_shared_memory(gl.int32, [4, K_ROWS, 4 * K_ROW // K_ROWS], SWIZZLED),
-        gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SWIZZLED),
-        gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN),
-        gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN),
-    )
-    copy_keys(shared, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), end - first, K_ROW)
-    copy_values(shared, (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr), end - first, V_ROW)
+    offsets = (v_rows_offset, k_scales_offset, v_scales_offset)
+    ptrs = tile_pointers(page, offsets, first, K_ROW, V_ROW)
+    keys = gl.allocate_shared_memory(gl.int32, [4, 4 * K_PLANE // K_WORDS, K_WORDS], SWIZZLED)
+    signs = gl.allocate_shared_memory(gl.int32, [1, 1, 1], SWIZZLED)
+    if K_BITS == 3:
+        SIGNS: gl.constexpr = words_of_row(2 * K_PLANE)
+        signs = gl.allocate_shared_memory(gl.int32, [4, 2 * K_PLANE // SIGNS, SIGNS], SWIZZLED)
+    values = gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SWIZZLED)
+    k_scales = gl.allocate_shared_memory(gl.bfloat16, [SCALE_BUFFERS, 4, 8, 2], PLAIN).index(0)
+    v_scales = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
+    shared = (keys, values, k_scales, v_scales, signs)
+    copy_keys(shared, ptrs, end - first, K_ROW, K_PLANE)
+    copy_values(values, ptrs[1], end - first, V_ROW)
+    if PDL:
+        gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
 
-    place_k = gl.arange(0, K_ROW, layout=gl.SliceLayout(1, SECOND))[:, None]
+    if SINKS + RECENT > 0:  # exact tokens are hidden in the tiles rather than left out of the range
+        first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        low = gl.maximum(low, SINKS)
+        high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
+    # Tiles between these need no mask: every row sees all of them.
+    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
+    whole_to = gl.min(gl.where(valid, high, filled), axis=0)
+
+    place_k = gl.arange(0, K_PLANE, layout=gl.SliceLayout(1, SECOND))[:, None]
     column = gl.program_id(0) // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
-    q_ptr += (group * rows + column) * K_DIM + place_byte(place_k, K_ROW // 4)
+    q_ptr += (group * rows + column) * K_DIM + key_byte(place_k, K_PLANE, 2 if K_BITS == 3 else 1)
     q = ()
-    for t in gl.static_range(8 // K_BITS):
-        q += (gl.load(q_ptr + t * K_ROW, mask=column + 0 * place_k < rows, other=0.0),)
+    for t in gl.static_range(codes_per_byte(K_BITS)):
+        q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
@@ -363,49 +285,72 @@ def warp_split_kernel(
     peak = gl.full([N], float("-inf"), gl.float32, COLUMNS)
     largest = TINY  # value scale so far
     for start in range(first, end, TILE):
-        k_ptr, v_ptr = k_ptr + TILE * (K_ROW // 4), v_ptr + TILE * (V_ROW // 4)
-        k_scale_ptr, v_scale_ptr = k_scale_ptr + TILE, v_scale_ptr + TILE
-        ptrs = (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr)
+        ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
         acc, total, peak, largest = attend_tile(
             acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
-            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, MMA,
+            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
+    if PDL:
+        gl.inline_asm_elementwise(LAUNCH_NEXT, "=r", [], gl.int32, False, 1)
 
     gl.store(log_ptr + part, peak * q_scale + gl.log2(total) - WEIGHT_BITS, mask=valid)
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
     value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
     out_ptr = partial_ptr + part[None, :] * V_DIM + value
-    for m in gl.static_range(V_ROW // 16):
-        for t in gl.static_range(8 // V_BITS):
-            x = acc[m * (8 // V_BITS) + t] * scale
-            gl.store(out_ptr + (t * V_ROW + m * 16), x, mask=valid[None, :] & (value >= 0))
+    CODES: gl.constexpr = codes_per_byte(V_BITS)
+    acc = hadamard(acc, V_DIM // 16)
+    for m in gl.static_range(V_PLANE // 16):
+        for t in gl.static_range(CODES):
+            x = acc[m * CODES + t] * scale
+            gl.store(out_ptr + (t * V_PLANE + m * 16), x, mask=valid[None, :] & (value >= 0))
 
 
-def can_convert_fp8(device: torch.device) -> bool:
-    """Whether the GPU turns fp8 into float16 by an instruction."""
-    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of `device`."""
+    if device.type == "cpu":
+        return CPU_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def fits(fmt: KVFormat, dtype: torch.dtype, rows: int) -> bool:
-    """Whether `warp_split` takes this format, type of queries, and rows (of a KV head)."""
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory of a multiprocessor, of which each program takes 1 KiB more than it asks for."""
+    if device.type == "cpu":
+        return CPU_SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) - 1024
+
+
+def takes(q: torch.Tensor, fmt: KVFormat, kv_heads: int, attn_mask: torch.Tensor | None) -> bool:
+    """Whether this kernel attends for q `[B, H, q, D]`."""
     return (
-        {fmt.k_bits, fmt.v_bits} <= {2, 4, 8}
+        attn_mask is None
+        and not fmt.is_lossless
         and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
-        and dtype in (torch.float16, torch.bfloat16)
-        and rows <= MOST_ROWS
+        # Of these the signs are half a piece.
+        and (3, 64) not in ((fmt.k_bits, fmt.head_dim), (fmt.v_bits, fmt.v_head_dim))
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[2] * q.shape[1] // kv_heads <= MOST_ROWS
+        and q.is_cuda
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(q.device) >= (8, 9)  # has the conversion from fp8
     )
 
 
 @functools.cache
-def best_splits(groups: int, tiles: int, slots: int) -> int:
-    """How many runs of `tiles` take the least time: waves of programs times tiles of a run, and one.
+def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
+    """How many runs of `tiles` take the least time, with room for `most` programs on a scheduler.
 
-    The one is what a program spends before and after its tiles.
+    In units of what a scheduler takes for a tile: with one program it waits for memory, with more it does
+    not; a program's start and end are a tile more, and splits add to the reduction.
     """
-    most = min(tiles, max(1, 4 * slots // groups))
-    return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
+
+    def cost(splits: int) -> float:
+        programs = -(-groups * splits // schedulers)
+        if programs > most:  # some wait for others to end
+            programs = -(-programs // most) * most
+        return max(programs, 1.2) * (-(-tiles // splits) + 1) + splits / 200
+
+    return min(range(1, min(tiles, max(1, 4 * most * schedulers // groups)) + 1), key=cost)
 
 
 def warp_split(
@@ -418,8 +363,9 @@ def warp_split(
     fmt: KVFormat,
     max_len: int,
     sms: int,
+    beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial outputs [B, Hkv, row, split, Dv] and logarithms of their weights.
+    """Partial outputs [B, Hkv, row, split, Dv], Hadamard-transformed, and logarithms of their weights.
 
     `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` multiprocessors
     share the work.
@@ -428,21 +374,56 @@ def warp_split(
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
-    # Queries and sums live in registers: a lane has 1/32 of them, queries two to a register.
-    registers = min(255, 80 + columns * (dim // 2 + dv) // 32)
     shared = TILE.value * fmt.slot_bytes
-    warps = min(32, 65536 // 32 // registers, SHARED_BYTES // (shared + 1024))
-    splits = best_splits(batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value), warps * sms)
+    available = shared_bytes(queries.device)
+    warps = min(WARPS, available // (shared + 1024))
+    groups = batch * kv_heads * blocks
+    splits = best_splits(
+        groups, triton.cdiv(max_len, TILE.value), SCHEDULERS * sms, -(-warps // SCHEDULERS)
+    )
+    # As much shared memory as leaves room for no more programs on a multiprocessor than its share: started
+    # early, they fill some before they go to others.
+    spare = available // min(warps, triton.cdiv(groups * splits, sms)) - 1024 - shared
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    exact_from = beside.exact_from
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, cache, seq_lens, queries if bounds is None else bounds, partial, logs,
-        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
+        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
+        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
+        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
-        K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=magnitude_words(fmt.k_bits)[0],
-        V_LO=magnitude_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
-        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, HAS_BOUNDS=bounds is not None, N=columns,
-        num_warps=1, maxnreg=registers,
+        K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
+        V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
+        K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
+        HAS_BOUNDS=bounds is not None, N=columns,
+        SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=65536 // 32 // WARPS - 1,
+        **early_launch(queries.device),
     )  # fmt: skip
     return partial, logs
+
+
+def attend_by_warps(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    queries: tuple[torch.Tensor, torch.Tensor],
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    v_rotation: torch.Tensor,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    fmt: KVFormat,
+    max_len: int,
+    scale: float,
+    beside: Beside,
+) -> None:
+    """Fill `out` `[B, H, q, Dv]`; `queries` are `rotate_queries`'s of q `[B, H, q, D]`."""
+    batch, heads, q_len, _ = out.shape
+    bounds = None if bounds is None else bounds.expand(batch, q_len, 2)
+    partial, logs = warp_split(
+        *queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device), beside
+    )
+    reduce_splits(
+        out, partial, logs, q, seq_lens, v_rotation, None, bounds, sinks, heads // cache.shape[1], max_len,
+        scale, beside, transformed=True,
+    )  # fmt: skip

@@ -1,30 +1,33 @@
 """Unpack a cache into 16-bit or float32 keys and values, rotated back.
 
 Grid (batch rows x KV heads, tiles of 32 tokens, 2), the last axis keys and values. A tile decodes its
-rows and multiplies them by the transposed rotation, block by block; a tile past the length writes
-zeros without reading. Bytes: reads the packed cache up to the length, writes max_len vectors.
+rows and multiplies them by the transposed rotation, block by block; keys get their mean back, and exact
+tokens are read as they came. A tile past the length writes zeros without reading. Bytes: reads the packed
+cache up to the length, writes max_len vectors.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import FP16_UNIT, load_centroids, magnitude_words, nan_if_overfull
 
 
 @triton.jit
 def dequantize_tile(
-    row_ptr, scale_ptr, rotation_ptr, out_ptr, tokens, seq_len, max_len, BITS: tl.constexpr,
-    LO: tl.constexpr, HI: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    row_ptr, scale_ptr, rotation_ptr, mean_ptr, exact_ptr, out_ptr, tokens, is_exact, seq_len, max_len,
+    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, BITS: tl.constexpr, LO: tl.constexpr,
+    HI: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Decode the rows at `row_ptr` [tokens] and write them to the rows at `out_ptr` [tokens]."""
     BLOCK_N: tl.constexpr = tokens.shape[0]
     filled = tl.minimum(seq_len, max_len)
     known = tokens < filled
     scale = tl.load(scale_ptr, mask=known, other=0.0).to(tl.float32) * FP16_UNIT
-    scale += nan_if_overfull(seq_len, max_len)
+    missing = nan_if_overfull(seq_len, max_len)
     for first in range(0, DIM, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -39,17 +42,26 @@ def dequantize_tile(
                 rotation_ptrs = rotation_ptr + columns[None, :] * DIM + dims[:, None]
                 rotation = tl.load(rotation_ptrs, mask=mask, other=0.0)
                 x = tl.dot(codes.to(tl.float32), rotation, x, input_precision="ieee")
+        x *= scale[:, None]
+        if HAS_MEAN:
+            mean = tl.load(mean_ptr + columns, mask=columns < DIM, other=0.0).to(tl.float32)
+            x += tl.where(known[:, None], mean[None, :], 0.0)
+        if HAS_EXACT:
+            mask = is_exact[:, None] & (columns < DIM)[None, :]
+            exact = tl.load(exact_ptr[:, None] + columns[None, :], mask=mask, other=0.0)
+            x = tl.where(is_exact[:, None], exact.to(tl.float32), x)
         mask = (tokens < max_len)[:, None] & (columns < DIM)[None, :]
-        x = (x * scale[:, None]).to(out_ptr.dtype.element_ty)
+        x = (x + missing).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr[:, None] + columns[None, :], x, mask=mask)
 
 
 @triton.jit
 def dequantize_kernel(
-    cache_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, k_ptr, v_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, v_rows_offset, k_scales_offset, v_scales_offset,
-    kv_heads, max_len, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr,
-    K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, K_DIM: tl.constexpr,
+    cache_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr, exact_from_ptr, k_ptr,
+    v_ptr, cache_stride_b, cache_stride_h, lens_stride, from_stride, v_rows_offset, k_scales_offset,
+    v_scales_offset, kv_heads, max_len, HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -58,20 +70,30 @@ def dequantize_kernel(
     seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
     page_ptr = cache_ptr + batch * cache_stride_b + row % kv_heads * cache_stride_h
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_exact = tokens < 0
+    if HAS_EXACT:
+        first = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        first = tl.maximum(first, SINKS)
+        is_exact = (tokens < tl.minimum(seq_len, max_len)) & ((tokens < SINKS) | (tokens >= first))
+        recent = SINKS + (tokens - SINKS) % max(RECENT, 1)
+        slot = tl.where(tokens < SINKS, tokens, recent)
+        exact_ptr += (row * (SINKS + RECENT) + slot) * (K_DIM + V_DIM)
+    else:
+        exact_ptr += tokens
     if tl.program_id(2) == 0:
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + tokens
         dequantize_tile(
-            page_ptr + tokens * (K_DIM * K_BITS // 8), scale_ptr, k_rotation_ptr,
-            k_ptr + (row * max_len + tokens) * K_DIM, tokens, seq_len, max_len,
-            K_BITS, K_LO, K_HI, K_DIM, 1, BLOCK_D, BLOCK_K,
+            page_ptr + tokens * (K_DIM * K_BITS // 8), scale_ptr, k_rotation_ptr, mean_ptr + row * K_DIM,
+            exact_ptr, k_ptr + (row * max_len + tokens) * K_DIM, tokens, is_exact, seq_len, max_len,
+            HAS_MEAN, HAS_EXACT, K_BITS, K_LO, K_HI, K_DIM, 1, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     else:
         row_ptr = page_ptr + v_rows_offset + tokens // GROUP * GROUP * (V_DIM * V_BITS // 8)
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + tokens
         dequantize_tile(
-            row_ptr + tokens % GROUP, scale_ptr, v_rotation_ptr,
-            v_ptr + (row * max_len + tokens) * V_DIM, tokens, seq_len, max_len,
-            V_BITS, V_LO, V_HI, V_DIM, GROUP, BLOCK_D, BLOCK_K,
+            row_ptr + tokens % GROUP, scale_ptr, v_rotation_ptr, mean_ptr,
+            exact_ptr + K_DIM, v_ptr + (row * max_len + tokens) * V_DIM, tokens, is_exact, seq_len, max_len,
+            False, HAS_EXACT, V_BITS, V_LO, V_HI, V_DIM, GROUP, BLOCK_D, BLOCK_K,
         )  # fmt: skip
 
 
@@ -113,6 +135,7 @@ def dequantize(
     fmt: KVFormat,
     max_len: int,
     dtype: torch.dtype,
+    beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`."""
     batch, kv_heads, page_bytes = cache.shape
@@ -135,10 +158,15 @@ def dequantize(
             return k, v
         k_lo, k_hi = magnitude_words(fmt.k_bits)
         v_lo, v_hi = magnitude_words(fmt.v_bits)
+        k_mean, exact, exact_from, sink_tokens = beside
+        from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
         block_d = min(128, triton.next_power_of_2(max(fmt.head_dim, fmt.v_head_dim)))
         dequantize_kernel[grid](
-            cache, seq_lens, k_rotation, v_rotation, k, v, *strides,
-            v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, max_len,
+            cache, seq_lens, k_rotation, v_rotation, k if k_mean is None else k_mean,
+            k if exact is None else exact, seq_lens if exact_from is None else exact_from, k, v, *strides,
+            from_stride, v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, max_len,
+            HAS_MEAN=k_mean is not None, HAS_EXACT=exact is not None, SINKS=sink_tokens,
+            RECENT=beside.recent_tokens,
             K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
             K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT,
             BLOCK_N=block_n, BLOCK_D=max(16, block_d), BLOCK_K=32, num_warps=4, num_stages=1,

@@ -1,11 +1,12 @@
 """Append new keys and values to a packed cache: rotate, quantise, pack.
 
 A program takes a few vectors (one new token of one KV head each) of keys or of values: grid (vectors /
-a few, 2), one launch for both. It divides each vector by its largest magnitude, rotates it in float32 (by
+a few, 2), one launch for both. It brings each vector to magnitudes below 4, rotates it in float32 (by
 sums and differences if D is a power of two), and holds the result as 8 octants of D / 8 coordinates, padded
 to a power of two. Every byte of a row collects whole codes of the same place in several octants (`format`
 has the table), so packing is a sum over octants for any D that is a multiple of 8. A byte belongs to one
-token: nothing is read back.
+token: nothing is read back. Keys are less their mean (a small kernel before takes it, if the chunk may
+start a row), and tokens that are now exact are copied as they came: `beside` says which.
 
 Bytes: reads the new vectors and the rotation (which stays in the cache of the GPU), writes packed
 rows and scales. A lossless format is a plain copy.
@@ -14,12 +15,36 @@ rows and scales. A lossless format is a plain copy.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import TINY, encode, hadamard, quantiser
+from .bits import TINY, early_launch, encode, hadamard, quantiser
 
 BLOCK_VECTORS = 16  # the least number of rows of a dot
 WARP_VECTORS = 4  # of at most 256 coordinates, without a dot: 32 coordinates a lane
+FEW_VECTORS = 2048  # so many have a warp each, which is done sooner
+
+
+@triton.jit
+def mean_kernel(
+    k_ptr, seq_lens_ptr, mean_ptr, stride_b, stride_h, stride_t, stride_d, lens_stride, kv_heads, new,
+    counted, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The mean of the first `counted` keys of a chunk, for rows that it starts."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // kv_heads, row % kv_heads
+    if tl.load(seq_lens_ptr + batch * lens_stride) == new:
+        dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        ptrs = k_ptr + batch * stride_b + head * stride_h + dims[None, :] * stride_d
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, counted, BLOCK_T):
+            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+            x = tl.load(ptrs + token * stride_t, mask=(token < counted) & (dims < DIM)[None, :], other=0.0)
+            x = x.to(tl.float32)
+            total += tl.sum(tl.where(tl.abs(x) < float("inf"), x, 0.0), axis=0)
+        mean = (total / counted).to(mean_ptr.dtype.element_ty)
+        tl.store(mean_ptr + row * DIM + dims, mean, mask=dims < DIM)
 
 
 @triton.jit
@@ -58,25 +83,52 @@ def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, 
 
 
 @triton.jit
-def store_vectors(
-    x_ptr, stride_d, rotation_ptr, row_ptr, scale_ptr, exists, valid, BITS: tl.constexpr,
-    MAGNITUDES: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def locate_exact(
+    exact_ptr, exact_from_ptr, from_stride, row, batch, position, length, new, exists, valid,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Quantise vectors at `x_ptr` [vectors] into rows at `row_ptr` and scales at `scale_ptr`."""
+    """Where copies of the tokens of these vectors go, and of which; sets `exact_from`."""
+    from_ptr = exact_from_ptr + batch * from_stride
+    exact_from = tl.minimum(tl.load(from_ptr, mask=exists, other=0), length - new)
+    tl.store(from_ptr, tl.maximum(exact_from, length - RECENT), mask=exists)
+    kept = valid & ((position < SINKS) | (position >= length - RECENT))
+    recent = SINKS + (position - SINKS) % max(RECENT, 1)
+    slot = tl.where(position < SINKS, position, recent)
+    return exact_ptr + (row * (SINKS + RECENT) + slot) * WIDTH, kept
+
+
+@triton.jit
+def store_vectors(
+    x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept,
+    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, BITS: tl.constexpr, MAGNITUDES: tl.constexpr,
+    UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Quantise vectors at `x_ptr` [vectors] into rows at `row_ptr` and scales at `scale_ptr`.
+
+    Less the means at `mean_ptr` [vectors]. Those that are `kept` are copied to `exact_ptr` [vectors] too.
+    """
     VECTORS: tl.constexpr = valid.shape[0]
     EIGHTH: tl.constexpr = DIM // 8
     OCTANT: tl.constexpr = triton.next_power_of_2(EIGHTH)
     dims = tl.arange(0, triton.next_power_of_2(DIM))
     mask = exists[:, None] & (dims < DIM)[None, :]
     x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
-    largest = tl.max(tl.abs(x.to(tl.float32)), axis=1)  # [vectors]
-    divisor = tl.maximum(largest, TINY)
+    if HAS_EXACT:
+        copy = x.to(exact_ptr.dtype.element_ty)
+        tl.store(exact_ptr[:, None] + dims[None, :], copy, mask=kept[:, None] & (dims < DIM)[None, :])
+    x = x.to(tl.float32)
+    if HAS_MEAN:
+        x -= tl.load(mean_ptr[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), axis=1)  # [vectors]
+    # A power of two: dividing by it is exact, and neither it nor its inverse overflows.
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = (254 - exponent << 23).to(tl.float32, bitcast=True)
 
     place = tl.arange(0, 8 * OCTANT) % OCTANT
     if DIM == 8 * OCTANT:  # a power of two: the rotation is its first column times the Hadamard matrix
         signs = tl.load(rotation_ptr + dims * DIM)
-        y = hadamard(tl.div_rn(x.to(tl.float32), divisor[:, None]) * signs[None, :])
+        y = hadamard(x * inverse[:, None] * signs[None, :])
     else:
         columns = tl.arange(0, 8 * OCTANT) // OCTANT * EIGHTH + place
         y = tl.zeros([VECTORS, 8 * OCTANT], tl.float32)
@@ -84,7 +136,10 @@ def store_vectors(
             rows = start + tl.arange(0, BLOCK_K)
             known = exists[:, None] & (rows < DIM)[None, :]
             chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
-            chunk = tl.div_rn(chunk.to(tl.float32), divisor[:, None])  # [vectors, BLOCK_K]
+            chunk = chunk.to(tl.float32)
+            if HAS_MEAN:
+                chunk -= tl.load(mean_ptr[:, None] + rows[None, :], mask=known, other=0.0).to(tl.float32)
+            chunk *= inverse[:, None]  # [vectors, BLOCK_K]
             inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
             rotation_ptrs = rotation_ptr + rows[:, None] * DIM + columns[None, :]
             rotation = tl.load(rotation_ptrs, mask=inside, other=0.0)
@@ -96,8 +151,9 @@ def store_vectors(
     centroids = tl.where((place < EIGHTH)[None, :], centroids, 0.0)
     square = tl.maximum(tl.sum(centroids * centroids, axis=1), TINY)
     fit = tl.div_rn(tl.sum(y * centroids, axis=1), square)
+    fit = fit * unit + (largest - largest)  # NaN if the largest is infinite
     # A maximum may drop NaN; the fit never does.
-    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit * largest)
+    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit)
     tl.store(scale_ptr, scale.to(tl.bfloat16), mask=valid)
 
     codes = tl.reshape(codes, [VECTORS, 8, OCTANT])
@@ -110,10 +166,11 @@ def store_vectors(
 
 @triton.jit
 def store_kernel(
-    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr,
-    cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
+    exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride,
     v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
+    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -123,21 +180,29 @@ def store_kernel(
         BLOCK,
     )  # fmt: skip
     page_ptr = cache_ptr + page
+    row = batch * kv_heads + head
+    kept = valid
+    if HAS_EXACT:
+        exact_ptr, kept = locate_exact(
+            exact_ptr, exact_from_ptr, from_stride, row, batch, position, position - token + new, new,
+            exists, valid, SINKS, RECENT, K_DIM + V_DIM,
+        )  # fmt: skip
     if tl.program_id(1) == 0:
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
         row_ptr = page_ptr + position * (K_DIM * K_BITS // 8)
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
         store_vectors(
-            x_ptr, k_stride_d, k_rotation_ptr, row_ptr, scale_ptr, exists, valid, K_BITS,
-            K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
+            x_ptr, k_stride_d, k_rotation_ptr, mean_ptr + row * K_DIM, row_ptr, scale_ptr, exact_ptr,
+            exists, valid, kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
         row_ptr = page_ptr + v_rows_offset + position // GROUP * GROUP * (V_DIM * V_BITS // 8)
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
         store_vectors(
-            x_ptr, v_stride_d, v_rotation_ptr, row_ptr + position % GROUP, scale_ptr, exists, valid,
-            V_BITS, V_MAGNITUDES, V_UNIT, V_DIM, GROUP, BLOCK_K,
+            x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + position % GROUP, scale_ptr,
+            exact_ptr + K_DIM, exists, valid, kept, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT, V_DIM,
+            GROUP, BLOCK_K,
         )  # fmt: skip
 
 
@@ -157,7 +222,11 @@ def store_lossless_kernel(
     v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     v_rows_offset, vectors, kv_heads, new, page_size,
     ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     batch, head, token, position, page, exists, valid = locate_vectors(
         seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
         BLOCK,
@@ -181,6 +250,7 @@ def store(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     fmt: KVFormat,
+    beside: Beside = NOTHING,
 ) -> None:
     """Write new tokens as the last `q` of each row's `seq_lens` tokens, in place.
 
@@ -188,34 +258,77 @@ def store(
     """
     batch, kv_heads, new, _ = k.shape
     page_size = fmt.page_size(cache.shape[-1])
-    _, v_rows, k_scales, v_scales = fmt.planes(page_size)
+    v_rows = fmt.planes(page_size)[1]
     vectors = batch * kv_heads * new
     if vectors == 0:
         return
-    lens_stride = seq_lens.expand(batch).stride(0)
-    strides = (*cache.stride()[:2], *k.stride(), *v.stride(), lens_stride)
     with torch.cuda.device_of(cache):
         if fmt.is_lossless:
             store_lossless_kernel[(triton.cdiv(vectors, BLOCK_VECTORS), 2)](
-                cache, k, v, seq_lens, *strides, v_rows.offset, vectors, kv_heads, new, page_size,
+                cache, k, v, seq_lens, *cache.stride()[:2], *k.stride(), *v.stride(),
+                seq_lens.expand(batch).stride(0), v_rows.offset, vectors, kv_heads, new, page_size,
                 ROW_DTYPE=tl.bfloat16 if fmt.dtype == torch.bfloat16 else tl.float16,
-                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS,
+                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS, **early_launch(cache.device),
             )  # fmt: skip
             return
-        k_magnitudes, k_unit = quantiser(fmt.k_bits)
-        v_magnitudes, v_unit = quantiser(fmt.v_bits)
-        dims = (fmt.head_dim, fmt.v_head_dim)
-        wide = max(dims) > 256
-        by_warp = not wide and all(dim & dim - 1 == 0 for dim in dims)
-        block = WARP_VECTORS if by_warp else BLOCK_VECTORS
-        store_kernel[(triton.cdiv(vectors, block), 2)](
-            cache, k, v, seq_lens, k_rotation, v_rotation, *strides,
-            v_rows.offset, k_scales.offset, v_scales.offset, vectors, kv_heads, new, page_size,
-            K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
-            V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
-            V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=block,
-            BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
+        take_mean(k, seq_lens, beside)
+        arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
+        wide = max(fmt.head_dim, fmt.v_head_dim) > 256
+        store_kernel[(triton.cdiv(vectors, constants["BLOCK"]), 2)](
+            *arguments, **constants,
             # 16 x 1024 coordinates are 64 registers of 256 threads.
-            num_warps=1 if by_warp else 8 if wide else 4,
+            num_warps=1 if constants["BLOCK"] < BLOCK_VECTORS else 8 if wide else 4,
             num_stages=1,
         )  # fmt: skip
+
+
+def take_mean(k: torch.Tensor, seq_lens: torch.Tensor, beside: Beside) -> None:
+    """Set the mean of rows that k `[B, Hkv, q, D]` starts, if it has enough tokens."""
+    batch, kv_heads, new, dim = k.shape
+    if beside.k_mean is not None and new >= LEAST_MEAN_TOKENS:
+        block_d = min(64, triton.next_power_of_2(dim))
+        mean_kernel[(batch * kv_heads, triton.cdiv(dim, block_d))](
+            k, seq_lens, beside.k_mean, *k.stride(), seq_lens.expand(batch).stride(0), kv_heads, new,
+            min(new, MEAN_TOKENS), DIM=dim, BLOCK_T=64, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+
+
+def store_arguments(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+    beside: Beside,
+) -> tuple[tuple, dict]:
+    """Arguments and constants of `store_kernel`; a program is a warp if it can be."""
+    batch, kv_heads, new, _ = k.shape
+    page_size = fmt.page_size(cache.shape[-1])
+    offsets = [plane.offset for plane in fmt.planes(page_size)[1:]]
+    vectors = batch * kv_heads * new
+    lens_stride = seq_lens.expand(batch).stride(0)
+    k_mean, exact, exact_from, sink_tokens = beside
+    arguments = (
+        cache, k, v, seq_lens, k_rotation, v_rotation, k if k_mean is None else k_mean,
+        k if exact is None else exact, seq_lens if exact_from is None else exact_from, *cache.stride()[:2],
+        *k.stride(), *v.stride(), lens_stride,
+        0 if exact_from is None else exact_from.expand(batch).stride(0), *offsets, vectors, kv_heads, new,
+        page_size,
+    )  # fmt: skip
+    k_magnitudes, k_unit = quantiser(fmt.k_bits)
+    v_magnitudes, v_unit = quantiser(fmt.v_bits)
+    dims = (fmt.head_dim, fmt.v_head_dim)
+    block = BLOCK_VECTORS
+    if all(dim <= 256 and dim & dim - 1 == 0 for dim in dims):
+        block = WARP_VECTORS if vectors > FEW_VECTORS else 1
+    constants = dict(
+        HAS_MEAN=k_mean is not None, HAS_EXACT=exact is not None, SINKS=sink_tokens,
+        RECENT=beside.recent_tokens,
+        K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
+        V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
+        V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=block,
+        BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
+    )  # fmt: skip
+    return arguments, constants

@@ -3,9 +3,11 @@
 A packed cache shows in a Dynamo graph as
 
     seq_length.add_(q)
-    tq_store(cache, k, v, seq_length, k_rotation, v_rotation, format)
-    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype)
+    tq_store(cache, k, v, seq_length, k_rotation, v_rotation, format, *beside)
+    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside)
     keys, values = both[0], both[1]
+
+`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class PackedSource:
     kv_format: str
     max_len: fx.Node | int
     dtype: torch.dtype
+    beside: tuple[Any, ...]
     store: fx.Node | None
     obstacles: tuple[str, ...]
 
@@ -65,10 +68,10 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     assert isinstance(dequantize, fx.Node)
     if (key.args[1], value.args[1]) != (0, 1):
         return None
-    cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype = dequantize.args
+    cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype, *beside = dequantize.args
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in writes.between(dequantize, attention, cache, seq_lens)
+        for node in writes.between(dequantize, attention, cache, seq_lens, *beside)
     ] + [
         f"{node.name} changes the keys or values that were read"
         for node in writes.between(dequantize, attention, key, value, sdpa.key, sdpa.value)
@@ -76,7 +79,7 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     store = _store_of(dequantize, attention, writes)
     return PackedSource(
         dequantize, cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype,  # type: ignore[arg-type]
-        store, tuple(obstacles),
+        tuple(beside), store, tuple(obstacles),
     )  # fmt: skip
 
 
@@ -86,9 +89,9 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
     Taking it over moves the write down to the attention call: no other node in between may read the
     packed bytes, write the length, or change the new keys and values.
     """
-    cache, seq_lens, k_rotation, v_rotation, kv_format = dequantize.args[:5]
+    cache, seq_lens, k_rotation, v_rotation, kv_format, _, _, *beside = dequantize.args
     store = dequantize.prev
-    memory = storages(cache)
+    memory = storages(cache, *beside)
     while store.op != "placeholder" and store.op != "root":
         if calls_op(store, OPS.tq_store) and store.args[0] is cache:
             break
@@ -97,7 +100,7 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
         store = store.prev
     if not calls_op(store, OPS.tq_store):
         return None
-    if store.args[3:] != (seq_lens, k_rotation, v_rotation, kv_format):
+    if store.args[3:] != (seq_lens, k_rotation, v_rotation, kv_format, *beside):
         return None
     new_k, new_v = store.args[1:3]
     if writes.between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     for op in (OPS.tq_store, OPS.tq_append_attend, OPS.tq_decode, OPS.tq_dequantize):
         if calls_op(node, op):
             names = [argument.name for argument in op.default._schema.arguments]
-            return dict(zip(names, node.args, strict=True))
+            return dict(zip(names, node.args, strict=False))  # the last ones have defaults
     return {}
 
 

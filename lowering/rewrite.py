@@ -114,7 +114,7 @@ class _Rewriter:
         if mask is None and bounds is None:  # everything: for the op that would mean the last tokens
             mask = sdpa.attn_mask
         cache_args = (source.seq_lens, source.k_rotation, source.v_rotation)
-        tail = (mask, bounds, sdpa.sinks, source.kv_format, source.max_len, _scale_of(sdpa))
+        tail = (mask, bounds, sdpa.sinks, source.kv_format, source.max_len, _scale_of(sdpa), *source.beside)
         chain = _chain(sdpa)
         inside = {sdpa.node, *chain}
         # Another reader of what was dequantized needs the store where it is.

@@ -61,8 +61,9 @@ def written(node: fx.Node) -> list[fx.Node]:
         arguments = overload._schema.arguments
         named = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
         found = [named.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
-        plain = [x for x in found if isinstance(x, fx.Node)]
-        return plain if len(plain) == len(found) else node.all_input_nodes
+        given = [x for x in found if x is not None]  # an optional argument may be left out
+        plain = [x for x in given if isinstance(x, fx.Node)]
+        return plain if len(plain) == len(given) else node.all_input_nodes
     if isinstance(target, torch._ops.HigherOrderOperator) or "out" in node.kwargs:
         return node.all_input_nodes
     name = getattr(target, "__name__", "")

@@ -25,15 +25,17 @@ if __name__ == "__main__":
 import torch
 import triton
 import triton.language as tl
+from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import fp8_byte
 from tq_inductor.kernels.decode import attend, decode
-from tq_inductor.kernels.decode_query import rotate_queries
-from tq_inductor.kernels.decode_warp import warp_split
+from tq_inductor.kernels.decode_query import store_and_rotate
+from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.varlen import varlen_attention
 
-from tq_inductor import reference
+from tq_inductor import codec, reference
+from tq_inductor.beside import NOTHING, Beside
 from tq_inductor.format import KVFormat, format_names, round_up
 from tq_inductor.rotation import rotation_matrix
 
@@ -49,6 +51,8 @@ class Case:
         (by the rows of the batch too).
     keys: random, huge (one key is eight times as long), equal (one key at all places), heavy (norms of keys
         and values over some orders of magnitude).
+    exact: sink and recent tokens kept as they came; with any, keys have a mean too.
+    crop: tokens that were appended after the others, and taken back.
     """
 
     fmt: str = "k4v4"
@@ -64,6 +68,8 @@ class Case:
     bounds: str = "none"
     sinks: bool = False
     keys: str = "random"
+    exact: tuple[int, int] = (0, 0)
+    crop: int = 0
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -74,6 +80,8 @@ class Case:
             + (f"-{self.bounds}" if self.bounds != "none" else "")
             + ("-sinks" if self.sinks else "")
             + (f"-{self.keys}" if self.keys != "random" else "")
+            + (f"-exact{self.exact[0]}+{self.exact[1]}" if any(self.exact) else "")
+            + (f"-crop{self.crop}" if self.crop else "")
         )
 
     @property
@@ -89,6 +97,10 @@ class Case:
 STORE_INTERPRETED = [
     Case("k4v3", 80, 64, q_len=20, lens=(33, 5), max_len=40, dtype=FP16),
     Case("k3v2", 8, 24, q_len=17, lens=(17,), max_len=17, dtype=FP32),
+    Case("k4v3", 80, 64, q_len=20, lens=(33, 20), max_len=40, dtype=FP16, exact=(4, 8)),
+    Case("k3v2", 8, 24, q_len=17, lens=(17,), max_len=17, dtype=FP32, exact=(0, 30)),
+    Case("k2v4", 64, 32, q_len=3, lens=(150, 2), dtype=FP32, exact=(3, 2)),
+    Case("k4v4", 64, q_len=1, lens=(9, 4), dtype=FP16, exact=(5, 0)),
     Case("k8v8", 64, 112, q_len=3, lens=(150, 2), dtype=FP32),
     Case("k2v4", 64, kv_heads=1, q_len=1, lens=(129, 1), dtype=FP32),
     Case("bf16", 20, 12, q_len=5, lens=(9, 3), max_len=16, dtype=BF16),
@@ -99,6 +111,8 @@ DEQUANTIZE_INTERPRETED = [
     Case("k8v4", 16, 160, lens=(1, 35), max_len=36, dtype=FP32),
     Case("fp16", 20, 12, lens=(9, 40), max_len=40, dtype=FP16),
     Case("k2v3", 16, lens=(20, 50), max_len=40, dtype=FP32),  # the second row is overfull
+    Case("k2v3", 16, lens=(20, 50), max_len=40, dtype=FP32, exact=(3, 5)),
+    Case("k4v4", 24, 40, lens=(70, 2), max_len=90, dtype=FP16, exact=(4, 8), crop=3),
     Case("fp16", 16, lens=(20, 50), max_len=40, dtype=FP16),
 ]
 DECODE_INTERPRETED = [
@@ -114,6 +128,14 @@ DECODE_INTERPRETED = [
     Case("k4v4", 16, q_len=3, lens=(100, 40), bounds="window", sinks=True, dtype=FP16),
     Case("k3v4", 32, 16, q_len=2, lens=(140, 140), mask="bool", bounds="row", dtype=FP32),
     Case("k3v4", 16, q_len=2, lens=(100, 90), bounds="shared", dtype=FP16),
+    Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16, exact=(4, 32)),
+    Case("k3v2", 64, 80, q_len=5, lens=(20, 70), max_len=80, dtype=FP32, exact=(0, 3), crop=2),
+    Case("k8v3", 576, 512, heads=3, kv_heads=1, lens=(33, 0), mask="float", dtype=FP16, exact=(2, 130)),
+    Case("k4v4", 16, q_len=3, lens=(90, 40), bounds="window", sinks=True, dtype=FP32, exact=(9, 7), crop=4),
+    Case("k4v8", 24, 8, q_len=2, lens=(50,), max_len=60, mask="bool", dtype=FP32, exact=(60, 0)),
+    Case("k2v2", 16, q_len=2, lens=(90, 33), mask="left", dtype=FP32, exact=(4, 16), crop=9),
+    Case("k4v4", 16, heads=6, q_len=2, lens=(50, 20), max_len=40, dtype=FP32, exact=(4, 8)),  # overfull
+    Case("k4v4", 32, q_len=2, lens=(70, 99), mask="bool", bounds="row", dtype=FP32, exact=(1, 20), crop=30),
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
@@ -131,12 +153,14 @@ STORE_GPU = [
     *(Case("k4v4", dim, q_len=40, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 256, 576, 1024)),
     *(Case("k3v3", dim, 64, q_len=40, lens=(90, 7)) for dim in (80, 112, 512)),
     *(Case(name, 128, q_len=9, dtype=dtype) for name in ("bf16", "fp16") for dtype in _DTYPES),
+    *(Case("k4v4", 128, q_len=q, lens=(q, q, 2000), max_len=2000, exact=(4, 32)) for q in (1, 16, 1500)),
 ]
 DEQUANTIZE_GPU = [
     *DEQUANTIZE_INTERPRETED,
     *(Case(name, 128, lens=(300, 17, 0), max_len=320) for name in _PAIRS[::3]),
     *(Case("k4v4", dim, 128, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 576, 1024)),
     *(Case(name, 80, 64, dtype=dtype) for name in ("k3v2", "bf16") for dtype in _DTYPES),
+    Case("k4v4", 128, lens=(300, 17, 0), max_len=320, exact=(4, 32), crop=5),
 ]
 DECODE_GPU = [
     *DECODE_INTERPRETED,
@@ -175,14 +199,73 @@ DECODE_GPU = [
             ("k8v2", 128, 128, 9, "window"),
             ("k4v4", 128, 128, 1, "shared"),
             ("k4v4", 256, 256, 1, "none"),
+            ("k3v3", 128, 256, 3, "window"),
+            ("k3v2", 256, 64, 1, "row"),
+            ("k4v3", 64, 128, 9, "none"),
         )
     ),
     Case("k2v2", 256, heads=14, lens=(300, 400), max_len=310),  # the second row is overfull
+    *(
+        Case(
+            name,
+            dim,
+            heads=8,
+            q_len=q,
+            lens=(900, 129, 1),
+            max_len=1000,
+            bounds=b,
+            sinks=b == "row",
+            exact=exact,
+            crop=crop,
+        )
+        for name, dim in (("k4v4", 128), ("k8v8", 64), ("k2v2", 256), ("k3v3", 128), ("k4v4", 80))
+        for q, b, exact, crop in (
+            (1, "none", (4, 32), 0),
+            (5, "row", (4, 128), 3),
+            (2, "window", (0, 16), 20),
+            (1, "row", (300, 1), 0),
+        )
+    ),
+    *(
+        Case(
+            "k4v4",
+            128,
+            heads=14,
+            q_len=q,
+            lens=(900, 60),
+            max_len=1000,
+            mask=mask,
+            dtype=dtype,
+            exact=(4, 32),
+        )
+        for dtype in (BF16, FP32)
+        for q, mask in ((1, "bool"), (5, "left"), (3, "float"), (1, "row"), (70, "none"))
+    ),
     *(
         Case(name, 128, heads=14, q_len=4, lens=(900, 60), max_len=1000, mask=mask, bounds=b, sinks=True)
         for name in ("k4v4", "k8v4", "k2v2", "bf16")
         for mask, b in (("none", "window"), ("bool", "row"), ("none", "none"))
     ),
+]
+APPEND_INTERPRETED = [Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9))]
+APPEND_GPU = [
+    *APPEND_INTERPRETED,
+    *(
+        Case(name, dim, heads=heads, q_len=q_len, lens=lens, max_len=2100, exact=exact)
+        for name, dim, exact in (
+            ("k4v4", 128, (4, 32)),
+            ("k3v3", 128, (0, 0)),
+            ("k8v2", 64, (0, 70)),
+            ("k4v8", 256, (5, 0)),
+        )
+        for heads, q_len, lens in ((8, 1, (2000, 1, 65)), (14, 5, (2100, 5)), (2, 16, (3000, 17)))
+    ),
+    Case("bf16", heads=8, lens=(2000, 1), max_len=2100),
+]
+LARGE_GPU = [
+    Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP16),
+    Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP32),  # by the portable kernel
+    Case("bf16", lens=(300,), max_len=5_000_000),
 ]
 ATTEND_GPU = [
     *ATTEND_INTERPRETED,
@@ -266,18 +349,36 @@ def lengths(case: Case, device: str) -> torch.Tensor:
     return torch.tensor(lens, dtype=torch.int64, device=device)
 
 
+def empty_beside(case: Case) -> Beside:
+    """What is kept beside the cache of a case, on the CPU: some mean, stale tokens, nothing exact yet."""
+    if not any(case.exact):
+        return NOTHING
+    rows = (case.batch, case.kv_heads)
+    mean = torch.randn(*rows, case.dim) * 3
+    exact = torch.full((*rows, sum(case.exact), case.dim + (case.v_dim or case.dim)), float("nan"))
+    exact_from = torch.zeros_like(lengths(case, "cpu"))
+    return Beside(mean.to(case.dtype), exact.to(case.dtype), exact_from, case.exact[0])
+
+
+def moved(beside: Beside, device: str) -> Beside:
+    """A copy on a device."""
+    tensors = [None if x is None else x.to(device, copy=True) for x in beside[:3]]
+    return Beside(*tensors, beside.sink_tokens)
+
+
 def rotations(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotations of keys and values."""
     fmt = case.format
     return rotation_matrix(fmt.head_dim, device), rotation_matrix(fmt.v_head_dim, device)
 
 
-def filled_cache(case: Case, device: str) -> torch.Tensor:
-    """A cache that the reference filled with random vectors, garbage past each length."""
+def filled_cache(case: Case, device: str) -> tuple[torch.Tensor, Beside]:
+    """A cache that the reference filled with random vectors, garbage past each length; what lies beside."""
     fmt, tokens = case.format, max(case.lens)
-    cache = garbage_cache(case, "cpu")
-    k = torch.randn(case.batch, case.kv_heads, tokens, fmt.head_dim)
-    v = torch.randn(case.batch, case.kv_heads, tokens, fmt.v_head_dim) * torch.rand(tokens, 1) * 3
+    cache, beside = garbage_cache(case, "cpu"), empty_beside(case)
+    k = torch.randn(case.batch, case.kv_heads, tokens + case.crop, fmt.head_dim)
+    v = torch.randn(case.batch, case.kv_heads, tokens + case.crop, fmt.v_head_dim)
+    v *= torch.rand(tokens + case.crop, 1) * 3
     if case.keys == "huge":
         k[:, :, tokens // 2] *= 8
     elif case.keys == "equal":
@@ -285,8 +386,14 @@ def filled_cache(case: Case, device: str) -> torch.Tensor:
     elif case.keys == "heavy":
         k *= torch.randn(case.batch, case.kv_heads, tokens, 1).exp()
         v *= (2 * torch.randn(case.batch, case.kv_heads, tokens, 1)).exp()
-    reference.store(cache, k, v, lengths(case, "cpu"), *rotations(case, "cpu"), fmt)
-    return cache.to(device)
+    if any(case.exact):
+        k += beside.k_mean.float()[:, :, None]
+    lens = lengths(case, "cpu")
+    for part, length in ((slice(tokens), lens), (slice(tokens, None), lens + case.crop)):
+        new_k, new_v = k[:, :, part], v[:, :, part]
+        if new_k.shape[2]:
+            reference.store(cache, new_k, new_v, length, *rotations(case, "cpu"), fmt, beside)
+    return cache.to(device), beside
 
 
 def assert_close(
@@ -323,10 +430,16 @@ def check_store(case: Case, device: str) -> None:
                 x[:, :, 2 + i] *= factor
             x[0, 0, 7, 1:] = 0  # one-hot: flat after the rotation
             x[0, 0, 8, -1] = float("nan")
-    before = garbage_cache(case, "cpu")
-    expected, actual = before.clone(), before.to(device)
-    reference.store(expected, k.cpu(), v.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt)
-    store(actual, k, v, lengths(case, device), *rotations(case, device), fmt)
+    before, beside = garbage_cache(case, "cpu"), empty_beside(case)
+    expected, actual, got_beside = before.clone(), before.to(device), moved(beside, device)
+    reference.store(expected, k.cpu(), v.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt, beside)
+    store(actual, k, v, lengths(case, device), *rotations(case, device), fmt, got_beside)
+    if any(case.exact):
+        tolerance = {BF16: 2**-8, FP16: 2**-11, FP32: 1e-5}[case.dtype]
+        assert torch.allclose(got_beside.k_mean.cpu(), beside.k_mean, rtol=tolerance, atol=1e-6), "mean"
+        copies = [x.exact.cpu().nan_to_num(nan=7.0) for x in (got_beside, beside)]
+        assert torch.equal(*copies), "exact tokens"
+        assert torch.equal(got_beside.exact_from.cpu(), beside.exact_from), "exact_from"
     old, want, got = (reference._planes(x.cpu(), fmt) for x in (before, expected, actual))
     slot = torch.arange(round_up(case.max_len))
     lens = lengths(case, "cpu").expand(case.batch)[:, None]
@@ -340,7 +453,7 @@ def check_store(case: Case, device: str) -> None:
             values = [x[f"{side}_rows"][written].nan_to_num(7.0) for x in (want, got)]
             assert torch.equal(*values), f"{side}: not a plain conversion"
             continue
-        codes = [reference.unpack(x[written], bits) for x in rows[1:]]
+        codes = [codec.unpack(x[written], bits) for x in rows[1:]]
         wrong = (codes[0] != codes[1]).float().mean()
         assert wrong < 1e-3, f"{side}: {wrong:.2%} of the codes differ"
         scales = [x[f"{side}_scales"] for x in (old, want, got)]
@@ -352,13 +465,14 @@ def check_store(case: Case, device: str) -> None:
 
 def check_dequantize(case: Case, device: str) -> None:
     """`reference.load` in the dtype asked for, zero past the lengths."""
-    fmt, cache = case.format, filled_cache(case, device)
+    fmt, (cache, beside) = case.format, filled_cache(case, device)
     with nan_filled_memory():
         results = dequantize(
-            cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype
-        )
+            cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype,
+            moved(beside, device),
+        )  # fmt: skip
     lens = lengths(case, "cpu")
-    expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len)
+    expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
     for actual, wanted in zip(results, expected, strict=True):
         wanted = reference.poison_overfull(wanted, lens, case.max_len)
         assert actual.dtype == case.dtype
@@ -411,23 +525,71 @@ def make_sinks(case: Case) -> torch.Tensor | None:
 
 def check_decode(case: Case, device: str) -> None:
     """Attention in float64 over what the reference loads from the same bytes."""
-    fmt, cache = case.format, filled_cache(case, device)
+    fmt, (cache, beside) = case.format, filled_cache(case, device)
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
     mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
     scale = 1.5 / case.dim**0.5
     with nan_filled_memory():
         actual = decode(
             q, cache, lengths(case, device), *rotations(case, device), *on(device, mask, bounds, sinks),
-            fmt, case.max_len, scale,
+            fmt, case.max_len, scale, moved(beside, device),
         )  # fmt: skip
     assert actual.dtype == case.dtype
     lens = lengths(case, "cpu")
-    k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len)
+    k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
     if mask is None and bounds is None:
         bounds = reference.last_tokens(lens, case.batch, case.q_len)
     expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
     expected = reference.poison_overfull(expected, lens, case.max_len)
     assert_close(actual, expected, case.dtype)
+
+
+def check_append(case: Case, device: str) -> None:
+    """What is stored is `store`'s, and the result, the same each time, is the attention over it."""
+    fmt, (cache, beside) = case.format, filled_cache(case, device)
+    lens, turns = lengths(case, device), rotations(case, device)
+    q, k, v = (
+        random_vectors((case.batch, heads, case.q_len, dim), case.dtype, device, "transposed")
+        for heads, dim in (
+            (case.heads, case.dim),
+            (case.kv_heads, case.dim),
+            (case.kv_heads, fmt.v_head_dim),
+        )
+    )
+    stored, stored_beside, beside = cache.clone(), moved(beside, device), moved(beside, device)
+    store(stored, k, v, lens, *turns, fmt, stored_beside)
+    scale = 1.5 / case.dim**0.5
+    last = (None, None, None, fmt, case.max_len, scale, beside)
+    with nan_filled_memory():
+        actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
+    again = append_and_attend(cache, q, k, v, lens, *turns, *last)
+    assert torch.equal(actual.nan_to_num(7.0), again.nan_to_num(7.0)), "another result for the same inputs"
+    assert torch.equal(cache, stored)
+    for mine, other in zip(beside[:3], stored_beside[:3], strict=True):
+        assert mine is None or torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)), "beside"
+    lens, beside = lens.cpu(), moved(beside, "cpu")
+    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    bounds = reference.last_tokens(lens, case.batch, case.q_len)
+    expected = float64_attention(q, keys, values, None, bounds, None, scale)
+    assert_close(actual, reference.poison_overfull(expected, lens, case.max_len), case.dtype)
+
+
+def check_large(case: Case, device: str) -> None:
+    """The last tokens of a cache whose bytes lie past 2**31 are read as those of a small one."""
+    fmt, shape = case.format, (case.batch, case.kv_heads, case.lens[0], case.dim)
+    q = torch.randn(case.batch, case.heads, 1, case.dim).to(device, case.dtype)
+    k, v = torch.randn(2, *shape).to(device, case.dtype)
+    results = []
+    for length in (round_up(case.lens[0]), case.max_len):
+        cache = torch.zeros(*shape[:2], fmt.slot_bytes * length, dtype=torch.uint8, device=device)
+        lens, turns = torch.tensor(length, device=device), rotations(case, device)
+        store(cache, k, v, lens, *turns, fmt)
+        bounds = torch.tensor([[[length - case.lens[0], length]]], dtype=torch.int32, device=device)
+        last = (x[:, :, -1:] for x in (k, v))
+        results.append(
+            append_and_attend(cache, q, *last, lens, *turns, None, bounds, None, fmt, length, 0.1)
+        )
+    assert_close(results[1], results[0].double().cpu(), case.dtype)
 
 
 def check_attend(case: Case, device: str) -> None:
@@ -498,6 +660,8 @@ GROUPS = {
     "store": (check_store, STORE_INTERPRETED, STORE_GPU),
     "dequantize": (check_dequantize, DEQUANTIZE_INTERPRETED, DEQUANTIZE_GPU),
     "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
+    "append": (check_append, APPEND_INTERPRETED, APPEND_GPU),
+    "large": (check_large, [], LARGE_GPU),
     "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
     "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),
 }
@@ -564,21 +728,25 @@ def record_launches() -> list[tuple]:
     original, JITFunction.run = JITFunction.run, note
     try:
         for name in ("k4v4", "bf16"):
-            case = Case(name, 128, heads=8, lens=(4096, 1), max_len=4096)
+            exact = (0, 0) if name == "bf16" else (4, 32)
+            case = Case(name, 128, heads=8, lens=(4096, 1), max_len=4096, exact=exact)
             fmt, cache, lens = case.format, garbage_cache(case, "cpu"), lengths(case, "cpu")
-            k = torch.zeros(2, 2, 1, 128, dtype=BF16)
-            store(cache, k, k, lens, *rotations(case, "cpu"), fmt)
-            dequantize(cache, lens, *rotations(case, "cpu"), fmt, 4096, BF16)
+            beside = empty_beside(case)
+            k = torch.zeros(2, 2, 16, 128, dtype=BF16)
+            store(cache, k, k, lens, *rotations(case, "cpu"), fmt, beside)
+            dequantize(cache, lens, *rotations(case, "cpu"), fmt, 4096, BF16, beside)
             q = torch.zeros(2, 8, 1, 128, dtype=BF16)
             mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
             for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
-                decode(q, cache, lens, *rotations(case, "cpu"), attn_mask, None, None, fmt, 4096, 0.1)
-        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1)):
-            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096)
+                visible = (attn_mask, None, None)
+                decode(q, cache, lens, *rotations(case, "cpu"), *visible, fmt, 4096, 0.1, beside)
+        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1), ("k3v3", 128, 1)):
+            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32))
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
-            queries, rotation = torch.zeros(2, 8, q_len, dim, dtype=BF16), rotations(case, "cpu")[0]
-            rows = rotate_queries(queries, rotation, 2, 0.1)
-            warp_split(*rows, cache, lens, None, q_len, case.format, 4096, 132)
+            q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
+            rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
+            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, fmt, 0.1, beside)
+            attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, None, None, fmt, 4096, 0.1, beside)
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -598,6 +766,8 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     types |= {torch.int32: "i32", torch.int64: "i64"}
     names = ("num_warps", "num_stages", "maxnreg")
     options = {name: kwargs[name] for name in names if name in kwargs}
+    if "PDL" in kwargs:  # without a GPU to ask, launchers leave it out
+        kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
     signature, constants, attributes = {}, {}, {}
@@ -622,7 +792,7 @@ def compile_all() -> int:
     """Compile every kernel for every target; the number of failures."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        variant = [str(kwargs[name]) for name in ("K_BITS", "MASK", "ROTATION") if name in kwargs]
+        variant = [str(kwargs[name]) for name in ("K_BITS", "V_BITS", "MASK", "ROTATION") if name in kwargs]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target, limit in TARGETS.items():

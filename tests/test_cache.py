@@ -87,6 +87,31 @@ def test_packed_formats_generate(name, way):
     assert int(cache.get_seq_length()) >= out.shape[1] - 1
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_exact_tokens_give_transformers_own_tokens(way):
+    model = build("llama")
+    inputs, options = WAYS[way]()
+    expected = generate(model, DynamicCache(config=model.config), inputs, **options)
+    cache = TurboQuantCache(model.config, MAX_LEN, kv_format="k2v2", recent_tokens=MAX_LEN)
+    assert torch.equal(generate(model, cache, inputs, **options), expected)
+
+
+@pytest.mark.parametrize("way", ["greedy", "left-padded", "beam", "prompt lookup", "chunked prefill"])
+def test_compiled_generation_equals_eager_with_few_exact_tokens(way):
+    inputs, options = WAYS[way]()
+    outputs = []
+    for compiled in (False, True):
+        model = build("llama", torch.float32)
+        if compiled:
+            model.compile(backend="turboquant")
+        cache = TurboQuantCache(model.config, MAX_LEN, sink_tokens=2, recent_tokens=5)
+        out = generate(model, cache, inputs, **options)
+        if way == "greedy":  # and go on
+            out = generate(model, cache, {"input_ids": torch.cat([out, out[:, :3]], 1)}, **options)
+        outputs.append(out)
+    assert torch.equal(*outputs)
+
+
 def decode_logits(model, run, cache, ids, steps):
     with torch.no_grad():
         logits = [run(ids, past_key_values=cache).logits[:, -1]]
@@ -102,11 +127,12 @@ def test_compiled_equals_eager_and_recompiles_nothing(architecture, device):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = build(architecture, dtype, device)
     ids = padded_batch(device)["input_ids"].clamp(min=2)
-    expected = decode_logits(model, model, TurboQuantCache(model.config, MAX_LEN), ids, 16)
+    few = {"sink_tokens": 2, "recent_tokens": 5}
+    expected = decode_logits(model, model, TurboQuantCache(model.config, MAX_LEN, **few), ids, 16)
     counter = CompileCounterWithBackend("turboquant")
     counters["turboquant"].clear()
     compiled = torch.compile(model, backend=counter)
-    cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device=device, dtype=dtype)
+    cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device=device, dtype=dtype, **few)
     got = decode_logits(model, compiled, cache, ids, 16)
     assert counter.frame_count == 2  # one prefill graph and one decode graph
     assert (got - expected).abs().max() <= (1e-4 if device == "cpu" else 0.05) * expected.abs().max()
@@ -162,7 +188,9 @@ def test_the_decode_graph_has_one_op_a_layer_and_no_step_copies_a_cache():
 tq_append_attend
 tq_append_attend""",
     )
-    assert not re.findall(r"empty_strided\w*\(.*torch\.uint8", code)  # the caches change where they are
+    # The caches change where they are, and so do their exact tokens.
+    assert not re.findall(r"empty_strided\w*\(.*torch\.uint8", code)
+    assert not re.findall(rf"empty_strided\w*\(\(2, 2, {4 + 32}, 32\)", code)
 
 
 def test_explain_of_a_decode_step():
@@ -296,6 +324,10 @@ def test_bad_arguments():
         TurboQuantCache(config, 64, kv_format="k4v5")
     with pytest.raises(ValueError, match="max_cache_len=0"):
         TurboQuantCache(config, 0)
+    with pytest.raises(ValueError, match="recent_tokens=-1 must not be negative"):
+        TurboQuantCache(config, 64, recent_tokens=-1)
+    with pytest.raises(ValueError, match=r"sink_tokens=4: a bf16 cache keeps all tokens.*Leave it out"):
+        TurboQuantCache(config, 64, kv_format="bf16", sink_tokens=4)
     with pytest.raises(ValueError, match="skip_layers has 2, but the model has 2 layers"):
         TurboQuantCache(config, 64, skip_layers=[2])
     config.head_dim = 12
@@ -309,7 +341,8 @@ def test_nbytes_is_what_the_format_promises(name):
     cache = TurboQuantCache(config, 100, kv_format=name)
     assert cache.nbytes == 0
     cache = TurboQuantCache(config, 100, kv_format=name, max_batch_size=3, device="cpu")
-    assert cache.nbytes == 2 * KVFormat(name, 16).cache_bytes(3, 2, 100)
+    beside = 0 if name == "bf16" else 3 * 2 * (16 + (4 + 32) * 2 * 16) * 2  # a mean, exact tokens: bf16
+    assert cache.nbytes == 2 * (KVFormat(name, 16).cache_bytes(3, 2, 100) + beside)
     assert cache.batch_size == 3
 
 
@@ -336,7 +369,8 @@ def test_layers_with_keys_of_different_sizes():
     cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device="cpu")
     sliding, packed = cache.layers
     assert sliding.keys.shape == (2, 2, 8, 16)
-    assert packed.nbytes == KVFormat("k4v4", 32).cache_bytes(2, 1, MAX_LEN)
+    beside = 2 * (32 + (4 + 32) * 2 * 32) * 4  # a mean, exact tokens: float32
+    assert packed.nbytes == KVFormat("k4v4", 32).cache_bytes(2, 1, MAX_LEN) + beside
     expected = generate(model, TurboQuantCache(model.config, MAX_LEN), padded_batch())
     assert torch.equal(generate(model, cache, padded_batch()), expected)
 
@@ -441,8 +475,9 @@ def test_cuda_graph_replays_equal_eager(name):
 
     def cache():
         return TurboQuantCache(
-            model.config, 256, kv_format=name, max_batch_size=2, device="cuda", dtype=torch.bfloat16
-        )
+            model.config, 256, kv_format=name, max_batch_size=2, device="cuda", dtype=torch.bfloat16,
+            recent_tokens=5 if name == "k4v4" else None,
+        )  # fmt: skip
 
     expected = decode_logits(model, model, cache(), ids, 10)
     counters.clear()

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from tq_inductor.codebook import codebook
+from tq_inductor.codec import centroids_of, decode_vectors, encode_vectors, pack, unpack
 from tq_inductor.format import KVFormat, round_up
-from tq_inductor.reference import (
-    centroids_of,
-    decode_vectors,
-    encode_vectors,
-    load,
-    pack,
-    store,
-    unpack,
-)
+from tq_inductor.reference import load, store
 from tq_inductor.rotation import rotation_matrix
 
 # Distortion of TurboQuant's exact codes on the unit sphere (shared/reference/quality-and-peers.md §1).

@@ -88,7 +88,7 @@ def test_the_decode_graph_has_one_fused_op_and_no_dequantize():
         "\n".join(line.replace("torch.ops.tq_inductor.", "") for line in body),
         """\
 add_: "i64[]" = l_cache_buffers_seq_length_.add_(1)
-tq_append_attend_default: "f32[2, 4, 1, 16]" = tq_append_attend.default(l_cache_buffers_packed_, l_q_, l_k_, l_v_, l_cache_buffers_seq_length_, l_cache_buffers_k_rotation_, l_cache_buffers_k_rotation_, None, to, None, 'k4v4', 32, 0.25)""",
+tq_append_attend_default: "f32[2, 4, 1, 16]" = tq_append_attend.default(l_cache_buffers_packed_, l_q_, l_k_, l_v_, l_cache_buffers_seq_length_, l_cache_buffers_k_rotation_, l_cache_buffers_k_rotation_, None, to, None, 'k4v4', 32, 0.25, l_cache_buffers_k_mean_, None, None, 0)""",
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("kernel_cases.py")
-GROUPS = ("fp8 store", "dequantize", "decode attend", "varlen")
+GROUPS = ("fp8 store", "dequantize", "decode append attend", "varlen")
 
 
 def run_script(*arguments: str) -> None:

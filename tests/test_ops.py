@@ -37,6 +37,31 @@ def test_opcheck(name, device):
     opcheck(ops.tq_append_attend.default, (cache, q, *kv, *tail, mask, None, None, name, MAX_LEN, 0.25))
 
 
+def beside_arguments(device, head_dims=32, seq_lens=()):
+    """(k_mean, exact, exact_from, sink_tokens) with 3 sinks and 2 recent tokens."""
+    exact = torch.zeros(2, 2, 5, head_dims, device=device)
+    return (
+        torch.randn(2, 2, 16, device=device),
+        exact,
+        torch.zeros(seq_lens, dtype=torch.int64).to(device),
+        3,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_with_what_lies_beside(device):
+    cache, kv, tail = cache_arguments("k4v4", device)
+    beside, q = beside_arguments(device), torch.randn(2, 4, 7, 16, device=device)
+    mean_only = (beside[0], None, None, 0)
+    for given in (beside, mean_only):
+        opcheck(ops.tq_store.default, (cache, *kv, *tail, "k4v4", *given))
+        ops.tq_store(cache, *kv, *tail, "k4v4", *given)
+        opcheck(ops.tq_dequantize.default, (cache, *tail, "k4v4", MAX_LEN, torch.float32, *given))
+        opcheck(ops.tq_decode.default, (q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, *given))
+        arguments = (cache, q, *kv, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, *given)
+        opcheck(ops.tq_append_attend.default, arguments)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_opcheck_attend(device, sinks):
@@ -73,11 +98,14 @@ def test_opcheck_varlen(device):
     opcheck(ops.varlen_attn.default, (q, k, v, cu_seqlens, cu_seqlens, 4, 4, True, 0.25))
 
 
-@pytest.mark.parametrize("name", ["k4v4", "bf16"])
-def test_decode_equals_dequantize_then_sdpa(name):
+@pytest.mark.parametrize(("name", "kept"), [("k4v4", False), ("k4v4", True), ("bf16", False)])
+def test_decode_equals_dequantize_then_sdpa(name, kept):
     cache, kv, tail = cache_arguments(name, "cpu", v_head_dim=8)
-    ops.tq_store(cache, *kv, *tail, name)
-    keys, values = ops.tq_dequantize(cache, *tail, name, MAX_LEN, torch.float32)
+    beside = beside_arguments("cpu", 24) if kept else ()
+    ops.tq_store(cache, *kv, *tail, name, *beside)
+    keys, values = ops.tq_dequantize(cache, *tail, name, MAX_LEN, torch.float32, *beside)
+    if kept:
+        assert torch.equal(keys[:, :, [0, 1, 2, 5, 6]], kv[0][:, :, [0, 1, 2, 5, 6]])
     q = torch.randn(2, 4, 3, 16)
     mask = torch.rand(2, 1, 3, MAX_LEN) < 0.3  # slots past the length too: zeros, as SDPA sees them
     mask[0, 0, 1] = False
@@ -85,14 +113,14 @@ def test_decode_equals_dequantize_then_sdpa(name):
         q, keys, values, attn_mask=mask, scale=0.25, enable_gqa=True
     )
     expected[0, :, 1] = 0  # a query that sees nothing gives zeros
-    got = ops.tq_decode(q, cache, *tail, mask, None, None, name, MAX_LEN, 0.25)
+    got = ops.tq_decode(q, cache, *tail, mask, None, None, name, MAX_LEN, 0.25, *beside)
     assert torch.allclose(got, expected, atol=1e-5)
     bias = torch.where(mask, torch.randn(2, 1, 3, MAX_LEN), float("-inf"))
     biased = torch.nn.functional.scaled_dot_product_attention(
         q, keys, values, attn_mask=bias, scale=0.25, enable_gqa=True
     )
     biased[0, :, 1] = 0
-    got = ops.tq_decode(q, cache, *tail, bias, None, None, name, MAX_LEN, 0.25)
+    got = ops.tq_decode(q, cache, *tail, bias, None, None, name, MAX_LEN, 0.25, *beside)
     assert torch.allclose(got, biased, atol=1e-5)
 
 

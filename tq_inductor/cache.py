@@ -28,6 +28,7 @@ log = logging.getLogger("tq_inductor.cache")
 
 # Their ALiBi is as long as the 2-D mask, which says nothing of empty slots.
 BIASED_BY_TOKENS_HELD = ("bloom",)
+SINK_TOKENS, RECENT_TOKENS = 4, 32  # docs/quality.md has what they buy
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
 
 
@@ -39,6 +40,20 @@ def _head_dim(layer: PretrainedConfig) -> int | None:
     return layer.hidden_size // heads if heads else None
 
 
+def _exact_tokens(kv_format: str, *given: int | None) -> tuple[int, ...]:
+    """Sink and recent tokens of packed layers, from the arguments of those names."""
+    lossless = KVFormat(kv_format).is_lossless
+    for name, count in zip(("sink_tokens", "recent_tokens"), given, strict=True):
+        if count is not None and count < 0:
+            raise ValueError(f"{name}={count} must not be negative")
+        if count and lossless:
+            raise ValueError(
+                f"{name}={count}: a {kv_format} cache keeps all tokens as they are. Leave it out."
+            )
+    defaults = (0, 0) if lossless else (SINK_TOKENS, RECENT_TOKENS)
+    return tuple(d if count is None else count for count, d in zip(given, defaults, strict=True))
+
+
 class TurboQuantCache(Cache):
     """A transformers cache that keeps keys and values in TurboQuant form.
 
@@ -47,6 +62,9 @@ class TurboQuantCache(Cache):
         max_cache_len: tokens that fit, rounded up to a multiple of 16.
         kv_format: see `KVFormat`; `"bf16"` and `"fp16"` keep values as they are.
         skip_layers: indices of layers to keep in 16 bits (negative ones count from the end).
+        sink_tokens, recent_tokens: how many of the first and of the last tokens packed layers keep as they
+            came besides; 4 and 32 unless given (none for a lossless format). At 2 bits, 128 recent tokens
+            are worth their memory.
         max_batch_size: if given, buffers are allocated now and not at the first forward; best for
             CUDA graphs.
         device, dtype: of these buffers; default: CUDA if there is one, and the config's dtype.
@@ -54,7 +72,7 @@ class TurboQuantCache(Cache):
     Raises:
         FormatError: a format or head dimension that cannot be stored.
         UnsupportedModelError: a config that is no decoder's.
-        ValueError: bad lengths or layer indices.
+        ValueError: bad lengths, layer indices or numbers of tokens.
     """
 
     def __init__(
@@ -64,6 +82,8 @@ class TurboQuantCache(Cache):
         *,
         kv_format: str = "k4v4",
         skip_layers: Iterable[int] = (),
+        sink_tokens: int | None = None,
+        recent_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_batch_size: int | None = None,
@@ -78,6 +98,7 @@ class TurboQuantCache(Cache):
         head_dims = [_head_dim(layer) for layer in decoder.per_layer_config]
         for head_dim in set(head_dims):
             kv_format = KVFormat(kv_format, head_dim or 128).name  # refuses here what cannot be stored
+        exact_tokens = _exact_tokens(kv_format, sink_tokens, recent_tokens)
         layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
         skipped = self._skipped(skip_layers, len(layers))
         sixteen_bit = SIXTEEN_BIT.get(dtype or getattr(decoder, "dtype", None) or torch.bfloat16, "bf16")
@@ -89,8 +110,11 @@ class TurboQuantCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is StaticLayer:
                 kept = latent or i in skipped
-                name = sixteen_bit if kept else kv_format
-                layers[i] = make_layer(max_cache_len, name, announced)
+                layers[i] = (
+                    make_layer(max_cache_len, sixteen_bit, announced)
+                    if kept
+                    else make_layer(max_cache_len, kv_format, announced, *exact_tokens)
+                )
             elif type(layer) is StaticSlidingWindowLayer:
                 layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len)
         super().__init__(layers=layers)

@@ -45,10 +45,18 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
     is_croppable = True
     supports_early_init = True
 
-    def __init__(self, max_cache_len: int, kv_format: str, announced: AnnouncedLength) -> None:
+    def __init__(
+        self,
+        max_cache_len: int,
+        kv_format: str,
+        announced: AnnouncedLength,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+    ) -> None:
         # Not CacheLayerMixin.__init__, which sets `keys` and `values`: here these are decoded on demand.
         self.max_len = round_up(max_cache_len)
         self.kv_format = kv_format
+        self.exact_tokens = (sink_tokens, recent_tokens)
         self.announced = announced
         self.is_initialized = False
         self.fresh = True
@@ -57,7 +65,8 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
         """Make the buffers for `[B, Hkv, any, D]` like these, on their device."""
         fmt = KVFormat(self.kv_format, key_states.shape[-1], value_states.shape[-1])
         batch_size, num_kv_heads = key_states.shape[:2]
-        self.allocate(fmt, batch_size, num_kv_heads, self.max_len, key_states.dtype, key_states.device)
+        dtype, device = key_states.dtype, key_states.device
+        self.allocate(fmt, batch_size, num_kv_heads, self.max_len, dtype, device, *self.exact_tokens)
         self.is_initialized = True
 
     def update(
@@ -135,18 +144,23 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows of the batch become rows `beam_idx`, in place."""
-        if self.is_initialized:
-            self.packed.copy_(self.packed.index_select(0, beam_idx.to(self.packed.device)))
+        for _, buffer in self._rows_of_batch():
+            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row of the batch `repeats` times; in new memory."""
-        if self.is_initialized:
-            self.packed = self.packed.repeat_interleave(repeats, 0)
+        for name, buffer in self._rows_of_batch():
+            setattr(self, name, buffer.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only rows `indices` of the batch; in new memory."""
-        if self.is_initialized:
-            self.packed = self.packed[indices.to(self.packed.device)]
+        for name, buffer in self._rows_of_batch():
+            setattr(self, name, buffer[indices.to(buffer.device)])
+
+    def _rows_of_batch(self) -> list[tuple[str, torch.Tensor]]:
+        """The buffers that exist and have a row for each row of the batch, by attribute."""
+        names = ("packed", "k_mean", "exact") if self.is_initialized else ()
+        return [(name, buffer) for name in names if (buffer := getattr(self, name)) is not None]
 
     def offload(self) -> None:
         """Not supported: the packed cache is small and its addresses are fixed."""

@@ -18,6 +18,8 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   sees `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode`
   are the last `q` tokens and see all before and themselves; those of `attend` see everything.
 - `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
+- `k_mean`, `exact`, `exact_from`, `sink_tokens`: what a packed cache keeps beside its bytes (`beside` says
+  what they hold and when a store changes them); absent for a lossless format.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
   `bounds`; `backend` names the attention backend.
 - `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
@@ -30,21 +32,27 @@ from __future__ import annotations
 
 import torch
 
+from .beside import Beside
 from .format import KVFormat
 
 _lib = torch.library.Library("tq_inductor", "DEF")
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
+_BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int sink_tokens=0"
+_BESIDE_WRITTEN = (
+    "Tensor(b!)? k_mean=None, Tensor(c!)? exact=None, Tensor(d!)? exact_from=None, int sink_tokens=0"
+)
 
 for _schema in (
-    f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format) -> ()",
-    f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype)"
-    " -> (Tensor, Tensor)",
+    f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format, {_BESIDE_WRITTEN})"
+    " -> ()",
+    f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype,"
+    f" {_BESIDE}) -> (Tensor, Tensor)",
     f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask,"
-    " Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale) -> Tensor",
+    f" Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale, {_BESIDE}) -> Tensor",
     f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
-    " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale)"
-    " -> Tensor",
+    " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
+    f" {_BESIDE_WRITTEN}) -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks, float scale,"
     " str backend) -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
@@ -62,13 +70,18 @@ def _tq_store(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     kv_format: str,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> None:
     if cache.is_cuda:
         from .kernels.store import store
     else:
         from .reference import store
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
-    store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt)
+    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
 
 
 def _tq_store_fake(
@@ -79,6 +92,10 @@ def _tq_store_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     kv_format: str,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> None:
     return None
 
@@ -91,13 +108,18 @@ def _tq_dequantize(
     kv_format: str,
     max_len: int,
     dtype: torch.dtype,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if cache.is_cuda:
         from .kernels.dequantize import dequantize
     else:
         from .reference import dequantize
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
-    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype)
+    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside)
 
 
 def _tq_dequantize_fake(
@@ -108,6 +130,10 @@ def _tq_dequantize_fake(
     kv_format: str,
     max_len: int,
     dtype: torch.dtype,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, _ = cache.shape
     return (
@@ -128,13 +154,20 @@ def _tq_decode(
     kv_format: str,
     max_len: int,
     scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> torch.Tensor:
     if cache.is_cuda:
         from .kernels.decode import decode
     else:
         from .reference import decode
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
-    return decode(q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale)
+    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    return decode(
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside
+    )
 
 
 def _tq_decode_fake(
@@ -149,6 +182,10 @@ def _tq_decode_fake(
     kv_format: str,
     max_len: int,
     scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
 
@@ -167,11 +204,25 @@ def _tq_append_attend(
     kv_format: str,
     max_len: int,
     scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> torch.Tensor:
-    _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format)
+    if cache.is_cuda:
+        from .kernels.append import append_and_attend
+
+        fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+        return append_and_attend(
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
+            Beside(k_mean, exact, exact_from, sink_tokens),
+        )  # fmt: skip
+    beside = (k_mean, exact, exact_from, sink_tokens)
+    _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside)
     return _tq_decode(
-        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale
-    )
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale,
+        *beside,
+    )  # fmt: skip
 
 
 def _tq_append_attend_fake(
@@ -188,6 +239,10 @@ def _tq_append_attend_fake(
     kv_format: str,
     max_len: int,
     scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
 

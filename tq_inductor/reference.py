@@ -11,89 +11,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .codebook import FP8_UNIT, codebook
+from .beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
+from .codec import decode_vectors, encode_vectors, pack, unpack
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
-
-FP8_MAX = 448.0
-
-
-def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate vectors and round each coordinate to its nearest centroid.
-
-    The scale is the least-squares one, <y, c> / <c, c>, rather than the norm: at the same bytes it
-    has less distortion, and it is exact for vectors that the rotation makes flat (one-hot ones).
-
-    Args:
-        x: `[..., D]`, any float dtype.
-        bits: 2, 3, 4 or 8.
-        rotation: `[D, D]` float32.
-
-    Returns:
-        codes `[..., D]` uint8 and scales `[...]` bf16, with x ~ (scale * centroid) @ rotation.T. A
-        zero vector has scale 0; a vector with NaN or inf has scale NaN, so that it reads back as
-        NaN and is never mistaken for data (checking it here would cost a host sync).
-    """
-    x = x.to(torch.float32)
-    largest = x.abs().amax(-1, keepdim=True)  # first, so that squares neither overflow nor vanish
-    tiny = torch.finfo(torch.float32).tiny
-    y = (x / largest.clamp(min=tiny)) @ rotation
-    rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
-    if bits == 8:
-        grid = (y * (FP8_UNIT / rms)).clamp(-FP8_MAX, FP8_MAX).nan_to_num(0.0)
-        codes = grid.to(torch.float8_e4m3fn).view(torch.uint8)
-    else:
-        book = codebook(bits)
-        grid = y.abs() * (book.unit / rms)
-        codes = (grid[..., None] > grid.new_tensor(book.midpoints)).sum(-1)
-        codes = (codes | ((y < 0).long() << (bits - 1))).to(torch.uint8)
-    centroids = centroids_of(codes, bits)
-    fit = (y * centroids).sum(-1) / centroids.square().sum(-1).clamp(min=tiny)
-    scales = torch.where(largest[..., 0] < tiny, 0.0, fit * largest[..., 0])
-    return codes, scales.to(SCALE_DTYPE)
-
-
-def centroids_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes `[..., D]` uint8 -> centroids `[..., D]` float32, in e4m3 units."""
-    if bits == 8:
-        return codes.view(torch.float8_e4m3fn).to(torch.float32)
-    magnitudes = codebook(bits).magnitudes
-    table = torch.tensor([*magnitudes, *(-m for m in magnitudes)], device=codes.device)
-    return table[codes.long()]
-
-
-def decode_vectors(
-    codes: torch.Tensor, scales: torch.Tensor, bits: int, rotation: torch.Tensor
-) -> torch.Tensor:
-    """Codes `[..., D]` and scales `[...]` -> vectors `[..., D]` float32, rotated back."""
-    return (centroids_of(codes, bits) * scales.to(torch.float32)[..., None]) @ rotation.T
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes `[..., D]` -> rows `[..., D * bits / 8]` uint8, in the order that `format` documents."""
-    if bits == 3:
-        return torch.cat([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], -1)
-    return _pack_plane(codes, bits)
-
-
-def unpack(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows `[..., D * bits / 8]` -> codes `[..., D]` uint8; the inverse of `pack`."""
-    if bits == 3:
-        magnitudes, signs = rows.split([rows.shape[-1] // 3 * 2, rows.shape[-1] // 3], -1)
-        return _unpack_plane(magnitudes, 2) | _unpack_plane(signs, 1) << 2
-    return _unpack_plane(rows, bits)
-
-
-def _pack_plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    groups = codes.unflatten(-1, (8 // bits, -1))  # [..., codes per byte, bytes]
-    packed = groups[..., 0, :]
-    for i in range(1, 8 // bits):
-        packed = packed | groups[..., i, :] << (i * bits)
-    return packed
-
-
-def _unpack_plane(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    mask = 2**bits - 1
-    return torch.cat([rows >> (i * bits) & mask for i in range(8 // bits)], -1)
 
 
 def _planes(cache: torch.Tensor, fmt: KVFormat) -> dict[str, torch.Tensor]:
@@ -125,6 +45,7 @@ def store(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     fmt: KVFormat,
+    beside: Beside = NOTHING,
 ) -> None:
     """Write new tokens as the last `q` of each row's `seq_lens` tokens, in place.
 
@@ -133,6 +54,7 @@ def store(
         k, v: `[B, Hkv, q, D]`; v may have another head dimension.
         seq_lens: `[]` or `[B]` int64, the lengths *after* the append. Tokens that would land at a
             negative position, or past the end of the page, are skipped.
+        beside: written too, as `beside` says; nothing for a lossless format.
     """
     batch, _, new, _ = k.shape
     page_size = fmt.page_size(cache.shape[-1])
@@ -145,6 +67,11 @@ def store(
         views["k_rows"][rows, :, slots] = new_k.to(fmt.dtype)
         views["v_rows"][rows, :, slots] = new_v.to(fmt.dtype)
         return
+    if beside.exact_from is not None:
+        _copy_exact(beside, new_k, new_v, rows, slots, seq_lens, new)
+    if beside.k_mean is not None:
+        take_mean(beside.k_mean, k, seq_lens)
+        new_k = new_k.to(torch.float32) - beside.k_mean[rows]
     codes, scales = encode_vectors(new_k, fmt.k_bits, k_rotation)
     views["k_rows"][rows, :, slots] = pack(codes, fmt.k_bits)
     views["k_scales"][rows, :, slots] = scales
@@ -154,6 +81,45 @@ def store(
     views["v_scales"][rows, :, slots] = scales
 
 
+def take_mean(k_mean: torch.Tensor, k: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Set the mean of rows that k `[B, Hkv, q, D]` starts, if it has enough tokens.
+
+    A value that is not finite counts as 0: it must not reach the other tokens.
+    """
+    new = k.shape[2]
+    if new < LEAST_MEAN_TOKENS:
+        return
+    first = k[:, :, :MEAN_TOKENS].to(torch.float32)
+    mean = torch.where(first.isfinite(), first, 0.0).mean(2).to(k_mean.dtype)
+    k_mean.copy_(torch.where((seq_lens == new).expand(len(k))[:, None, None], mean, k_mean))
+
+
+def _copy_exact(
+    beside: Beside,
+    new_k: torch.Tensor,
+    new_v: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+    new: int,
+) -> None:
+    """Copy those of the tokens `[n, Hkv, D]` that are now exact; `new` are appended in all."""
+    assert beside.exact is not None
+    assert beside.exact_from is not None
+    exact_from, oldest = beside.exact_from, seq_lens - beside.recent_tokens
+    exact_from.copy_(torch.maximum(torch.minimum(exact_from, seq_lens - new), oldest))
+    kept = (positions < beside.sink_tokens) | (positions >= oldest.expand(len(beside.exact))[rows])
+    slots = exact_slots(beside, positions[kept])
+    beside.exact[rows[kept], :, slots] = torch.cat((new_k, new_v), -1)[kept].to(beside.exact.dtype)
+
+
+def exact_slots(beside: Beside, positions: torch.Tensor) -> torch.Tensor:
+    """The slots of these positions."""
+    sinks = beside.sink_tokens
+    recent = sinks + (positions - sinks) % max(beside.recent_tokens, 1)
+    return torch.where(positions < sinks, positions, recent)
+
+
 def load(
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -161,6 +127,7 @@ def load(
     v_rotation: torch.Tensor,
     fmt: KVFormat,
     max_len: int,
+    beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `max_len` keys and values `[B, Hkv, max_len, D]` float32; zero past `seq_lens`.
 
@@ -168,7 +135,8 @@ def load(
     """
     views = _planes(cache, fmt)
     slot = torch.arange(max_len, device=cache.device)
-    filled = (slot < seq_lens.expand(cache.shape[0])[:, None])[:, None, :, None]  # [B, 1, max_len, 1]
+    lens = seq_lens.expand(cache.shape[0])[:, None]
+    filled = (slot < lens)[:, None, :, None]  # [B, 1, max_len, 1]
     if fmt.is_lossless:
         k = views["k_rows"][:, :, :max_len].to(torch.float32)
         v = views["v_rows"][:, :, :max_len].to(torch.float32)
@@ -179,6 +147,16 @@ def load(
         k_scales, v_scales = views["k_scales"][:, :, :max_len], views["v_scales"][:, :, :max_len]
         k = decode_vectors(unpack(k_rows, fmt.k_bits), k_scales, fmt.k_bits, k_rotation)
         v = decode_vectors(unpack(v_rows, fmt.v_bits), v_scales, fmt.v_bits, v_rotation)
+        if beside.k_mean is not None:
+            k = k + beside.k_mean[:, :, None]
+    if beside.exact is not None and beside.exact_from is not None:
+        first_recent = torch.maximum(beside.exact_from, seq_lens - beside.recent_tokens)
+        is_recent = slot >= first_recent.clamp(min=beside.sink_tokens).expand(cache.shape[0])[:, None]
+        rows, tokens = torch.nonzero(
+            (slot < lens) & ((slot < beside.sink_tokens) | is_recent), as_tuple=True
+        )
+        exact = beside.exact[rows, :, exact_slots(beside, tokens)].to(torch.float32)
+        k[rows, :, tokens], v[rows, :, tokens] = exact.split([k.shape[-1], v.shape[-1]], -1)
     return torch.where(filled, k, 0.0), torch.where(filled, v, 0.0)
 
 
@@ -263,11 +241,12 @@ def dequantize(
     fmt: KVFormat,
     max_len: int,
     dtype: torch.dtype,
+    beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`, NaN if overfull."""
     filled = min(int(seq_lens.max()), max_len)
     outputs = []
-    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled):
+    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside):
         padded = F.pad(x.to(dtype), (0, 0, 0, max_len - filled))
         outputs.append(poison_overfull(padded, seq_lens, max_len))
     return outputs[0], outputs[1]
@@ -286,13 +265,14 @@ def decode(
     fmt: KVFormat,
     max_len: int,
     scale: float,
+    beside: Beside = NOTHING,
 ) -> torch.Tensor:
     """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows."""
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
     end = _visible_range(visible).stop  # read no slot that nothing sees
-    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end)
+    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside)
     bias = None if bias is None else bias[..., :end]
     out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
     return poison_overfull(out, seq_lens, max_len).to(q.dtype)

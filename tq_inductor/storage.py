@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
+from .beside import Beside
 from .errors import CacheFullError, CacheMismatchError
 from .format import KVFormat, round_up
 from .rotation import rotation_matrix
@@ -85,22 +86,30 @@ class PackedStorage:
     Attributes:
         packed: uint8 `[batch_size, num_kv_heads, page_bytes]`, laid out as `format` says.
         seq_length: int64 `[]`, the tokens held, on the device.
+        k_mean, exact, exact_from, sink_tokens: see `beside`; None and 0 for what is not kept.
     """
 
     packed: torch.Tensor
     seq_length: torch.Tensor
     k_rotation: torch.Tensor
     v_rotation: torch.Tensor
+    k_mean: torch.Tensor | None
+    exact: torch.Tensor | None
+    exact_from: torch.Tensor | None
+    sink_tokens: int
     format: KVFormat
     max_len: int
     dtype: torch.dtype
 
     def allocate(
         self, fmt: KVFormat, batch_size: int, num_kv_heads: int, max_len: int,
-        dtype: torch.dtype, device: torch.device | str,
+        dtype: torch.dtype, device: torch.device | str, sink_tokens: int = 0, recent_tokens: int = 0,
     ) -> None:  # fmt: skip
         """Make the buffers, empty. `dtype` is that of the keys and values taken and returned."""
         self.format, self.max_len, self.dtype = fmt, max_len, dtype
+        self.k_mean = self.exact = self.exact_from = None
+        self.sink_tokens = min(sink_tokens, max_len)
+        exact_tokens = self.sink_tokens + min(recent_tokens, max_len - self.sink_tokens)
         page_bytes = round_up(max_len) * fmt.slot_bytes
         # Outside inference mode, since tensors made inside it have no version counter.
         with torch.inference_mode(False):
@@ -111,9 +120,22 @@ class PackedStorage:
             self.k_rotation = rotation_matrix(fmt.head_dim, device)
             same = fmt.v_head_dim == fmt.head_dim
             self.v_rotation = self.k_rotation if same else rotation_matrix(fmt.v_head_dim, device)
+            rows = (batch_size, num_kv_heads)
+            if not fmt.is_lossless:
+                self.k_mean = torch.zeros((*rows, fmt.head_dim), dtype=dtype, device=device)
+            if exact_tokens:
+                shape = (*rows, exact_tokens, fmt.head_dim + fmt.v_head_dim)
+                self.exact = torch.zeros(shape, dtype=dtype, device=device)
+                self.exact_from = torch.zeros((), dtype=torch.int64, device=device)
         if not torch.compiler.is_compiling():  # CUDA graphs take them where they are
-            for buffer in (self.packed, self.seq_length, self.k_rotation, self.v_rotation):
-                torch._dynamo.mark_static_address(buffer)
+            buffers = (self.packed, self.seq_length, self.k_rotation, self.v_rotation, *self._beside[:3])
+            for buffer in buffers:
+                if buffer is not None:
+                    torch._dynamo.mark_static_address(buffer)
+
+    @property
+    def _beside(self) -> Beside:
+        return Beside(self.k_mean, self.exact, self.exact_from, self.sink_tokens)
 
     def check_fits(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Raise `CacheMismatchError` unless k and v are `[B, Hkv, q, D]` as this storage takes them."""
@@ -150,14 +172,15 @@ class PackedStorage:
         if length is not None:
             note_length(self.seq_length, length)
         torch.ops.tq_inductor.tq_store(
-            self.packed, k, v, self.seq_length, self.k_rotation, self.v_rotation, self.format.name
-        )
+            self.packed, k, v, self.seq_length, self.k_rotation, self.v_rotation, self.format.name,
+            *self._beside,
+        )  # fmt: skip
 
     def read(self, kv_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `kv_length` keys and values, `[B, Hkv, kv_length, D]`; zero past those held."""
         k, v = torch.ops.tq_inductor.tq_dequantize(
             self.packed, self.seq_length, self.k_rotation, self.v_rotation,
-            self.format.name, kv_length, self.dtype,
+            self.format.name, kv_length, self.dtype, *self._beside,
         )  # fmt: skip
         return k, v
 
@@ -173,14 +196,17 @@ class PackedStorage:
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
-        self.seq_length.zero_()
+        for buffer in (self.seq_length, self.k_mean, self.exact_from):
+            if buffer is not None:
+                buffer.zero_()
         if not torch.compiler.is_compiling():
             note_length(self.seq_length, 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage that holds keys, values and scales."""
-        return self.packed.untyped_storage().nbytes()
+        """Bytes of the storage that holds keys, values, scales, and what is kept beside them."""
+        held = (self.packed, self.k_mean, self.exact)
+        return sum(buffer.untyped_storage().nbytes() for buffer in held if buffer is not None)
 
 
 class PackedKVCache(PackedStorage, nn.Module):
@@ -216,7 +242,7 @@ class PackedKVCache(PackedStorage, nn.Module):
     ) -> None:
         fmt = KVFormat(kv_format, head_dim, v_head_dim or head_dim)
         super().__init__()
-        for name in ("packed", "seq_length", "k_rotation", "v_rotation"):
+        for name in ("packed", "seq_length", "k_rotation", "v_rotation", "k_mean", "exact", "exact_from"):
             self.register_buffer(name, None, persistent=False)
         self.allocate(fmt, batch_size, num_kv_heads, max_len, dtype, device)
 

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from tq_inductor.codebook import codebook
-from tq_inductor.reference import centroids_of, decode_vectors, encode_vectors
+from tq_inductor.codec import centroids_of, decode_vectors, encode_vectors
 from tq_inductor.rotation import rotation_matrix
 
 SCALE_BYTES = 2

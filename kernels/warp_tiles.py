@@ -1,0 +1,181 @@
+"""The tiles of `decode_warp`: bytes of the cache to shared memory, to registers, to operands of a product.
+
+A tile comes in pieces of 4 runs of contiguous bytes: 16 key rows (4 runs of 4), or 16 bytes of every
+value row (a run for each 16 tokens). In shared memory a piece is rows of up to 32 words.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import float16
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from .bits import codes_per_byte
+
+# Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def words_of_row(run: int) -> int:
+    return min(32, run // 4)
+
+
+@gluon.constexpr_function
+def read_layout(run: int, registers: list, lanes: list):
+    """The layout in which bit i of a lane's registers, or of its index, stands for these bytes."""
+    words = min(32, run // 4)
+    bases = [[[byte // 4 // words, byte // 4 % words] for byte in bits] for bits in (registers, lanes)]
+    return gl.DistributedLinearLayout(*bases, [], [], [run // words, words])
+
+
+@gluon.constexpr_function
+def key_layout(row: int, parts: int):
+    """Lane 4r + c: a quarter of each part of key row r // 2 * 4 + r % 2 of the piece, then of the row
+    two further."""
+    part = row // parts
+    registers = [4 << i for i in range((part // 16).bit_length() - 1)] + [part] * (parts - 1) + [2 * row]
+    return read_layout(4 * row, registers, [part // 4, part // 2, row, 4 * row, 8 * row])
+
+
+@gluon.constexpr_function
+def value_layout():
+    """Lane 4r + c: 16 tokens, the c-th, of bytes r and r + 8."""
+    return read_layout(256, [4, 8, 128], [256, 512, 16, 32, 64])
+
+
+@gluon.jit
+def copy_scales(shared, ptr, left):
+    """Start copying the scales of a tile, of which `left` tokens are left, to shared memory [4, 8, 2]."""
+    LANES: gl.constexpr = gl.BlockedLayout([1, 1, 2], [4, 8, 1], [1, 1, 1], [2, 1, 0])
+    run = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, LANES)))[:, None, None]
+    pair = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LANES)))[None, :, None]
+    token = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, LANES)))[None, None, :]
+    ptr += run * 16 + pair * 2 + token
+    async_load(shared, ptr, mask=run * 16 + 0 * (pair + token) < left)
+
+
+@gluon.jit
+def read_scales(shared, layout: gl.constexpr):
+    """The scales of a tile in the order of `place_byte`, a token a row."""
+    bases: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    LANES: gl.constexpr = gl.DistributedLinearLayout(
+        bases, [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 2, 0]], [], [], [8, 4, 2]
+    )
+    x = gl.reshape(shared.permute([1, 0, 2]).load(LANES), [64])
+    return gl.convert_layout(x, layout, assert_trivial=True).to(gl.float32)
+
+
+@gluon.jit
+def copy_rows(shared, ptr, left, ROW: gl.constexpr, PLANE: gl.constexpr):
+    """Start copying `PLANE` bytes of each key row; `left` tokens are left."""
+    ROWS: gl.constexpr = shared.shape[1]
+    WORDS: gl.constexpr = shared.shape[2]
+    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [1, 1], [1, 0])
+    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LANES))[None, :]
+    word += gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None] * WORDS
+    token = word // (PLANE // 4)  # of the piece
+    ptr += (token // 4 * 16 + token % 4) * (ROW // 4) + word % (PLANE // 4)
+    for i in gl.static_range(4):
+        async_load(shared.index(i), ptr + i * ROW, mask=token // 4 * 16 < left)
+
+
+@gluon.jit
+def copy_values(shared, ptr, left, ROW: gl.constexpr):
+    """Start copying the values of a tile, of which `left` tokens are left."""
+    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 1], [1, 0])
+    row = gl.arange(0, 8, layout=gl.SliceLayout(1, LANES))[:, None]
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, LANES))[None, :]
+    ptr += row // 2 * (4 * ROW) + row % 2 * 32 + word
+    for i in gl.static_range(ROW // 16):
+        mask = row // 2 * 16 + 0 * word < left
+        async_load(shared.index(i), ptr + i * 64, mask=mask)
+    async_copy.commit_group()
+
+
+@gluon.constexpr_function
+def constraints_of(bits: int) -> str:
+    """Of `unpack_asm`."""
+    return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
+
+
+@gluon.jit
+def place_byte(place, BYTES: gl.constexpr):
+    """Which byte of 4 * BYTES is `place` along the sum of an operand."""
+    return place // 2 % 4 * BYTES + place // 8 * 2 + place % 2
+
+
+@gluon.jit
+def key_byte(place, PLANE: gl.constexpr, PARTS: gl.constexpr):
+    """`place_byte` of a key row whose lanes have a quarter of each of its parts."""
+    BYTES: gl.constexpr = PLANE // 4 // PARTS
+    byte = place_byte(place, BYTES * PARTS)  # if the parts of a lane were neighbours
+    lane, byte = byte // (BYTES * PARTS), byte % (BYTES * PARTS)
+    return byte // BYTES * (PLANE // PARTS) + lane * BYTES + byte % BYTES
+
+
+@gluon.jit
+def operands(words, signs, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.constexpr):
+    """Words [2, 8, 4, n] -> first operands [16, 16n], one for each code of a byte."""
+    CONSTRAINTS: gl.constexpr = constraints_of(BITS)
+    # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
+    if BITS == 8:
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
+            float16, float16, float16, float16))  # fmt: skip
+    elif BITS == 4:
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
+            float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
+    else:
+        x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table, signs], is_pure=True, pack=1, dtype=(
+            float16, float16, float16, float16, float16, float16, float16, float16,
+            float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
+    tiles = ()
+    for i in gl.static_range(codes_per_byte(BITS)):
+        # [2, 8, lane, word, place % 2, which pair of the word]
+        y = gl.join(gl.join(x[4 * i], x[4 * i + 1]), gl.join(x[4 * i + 2], x[4 * i + 3]))
+        y = gl.reshape(gl.permute(y, [0, 1, 3, 5, 2, 4]), [16, 16 * words.shape[3]])
+        tiles += (gl.convert_layout(y, layout, assert_trivial=True),)
+    return tiles
+
+
+@gluon.jit
+def copy_keys(shared, ptrs, left, ROW: gl.constexpr, PLANE: gl.constexpr):
+    """Start copying the keys of a tile, of which `left` tokens are left, and the scales."""
+    copy_scales(shared[2], ptrs[2], left)
+    copy_scales(shared[3], ptrs[3], left)
+    copy_rows(shared[0], ptrs[0], left, ROW, PLANE)
+    if ROW > PLANE:  # signs
+        copy_rows(shared[4], ptrs[0] + PLANE // 4, left, ROW, ROW - PLANE)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def key_words(shared, PIECE: gl.constexpr, PLANE: gl.constexpr, PARTS: gl.constexpr):
+    """Words [2, 8, 4, n] of 16 keys, and of their signs if these are separate: if there are two parts.
+
+    Of a byte of signs bits 0, 2, 4, 6 belong to a byte of the first part, the others to one of the second.
+    """
+    words = by_lane(shared[0].index(PIECE).load(key_layout(PLANE, PARTS)), PLANE // PARTS // 16, PARTS)
+    signs = words
+    if PARTS == 2:
+        signs = by_lane(shared[4].index(PIECE).load(key_layout(PLANE // 2, 1)), PLANE // 32, 1)
+        signs = gl.join(signs, (signs.to(gl.uint32) >> 1).to(gl.int32))
+        signs = gl.reshape(gl.permute(signs, [0, 1, 2, 4, 3]), words.shape)
+        signs = gl.convert_layout(signs, words.type.layout, assert_trivial=True)
+    return words, signs
+
+
+@gluon.jit
+def by_lane(words, WORDS: gl.constexpr, PARTS: gl.constexpr):
+    """Key words in the order of memory -> [2, 8, 4, PARTS * WORDS]."""
+    words = gl.permute(gl.reshape(words, [4, 2, 2, PARTS, 4, WORDS]), [1, 0, 2, 4, 3, 5])
+    return gl.reshape(words, [2, 8, 4, PARTS * WORDS])
+
+
+@gluon.jit
+def written_bytes(count):
+    """All bits of the bytes of the first `count` tokens, in `value_layout`: stale ones may be NaN."""
+    run = gl.arange(0, 8, layout=gl.SliceLayout(1, value_layout()))[:, None] // 2
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, value_layout()))[None, :] % 4
+    missing = gl.minimum(gl.maximum(4 - (count - run * 16 - word * 4), 0), 4)
+    bits = gl.where(missing == 4, 0, -1).to(gl.uint32) >> (8 * (missing % 4)).to(gl.uint32)
+    return bits.to(gl.int32)

@@ -1,0 +1,55 @@
+"""`Beside`: what a packed cache keeps beside its bytes, so that they lose less.
+
+**A mean of keys** per batch row and KV head. Keys are quantised less this mean: a few channels of a key
+may have a mean many times their spread, and the error of a code grows with the length of what is coded.
+Softmax does not see a constant added to all scores of a query, so kernels take `q . (k - mean)` from the
+codes and add `q . mean` to the logarithm of their sum. The mean is taken from a chunk that starts a row,
+if it has enough tokens, and does not change until the row starts again.
+
+**Exact tokens**: copies of the first `sink_tokens` tokens, on which attention often leans, and of the last
+`recent_tokens`, at which it looks most. Every token is packed too, so that taking tokens back loses none.
+Position p has slot p if it is a sink, else `sink_tokens + (p - sink_tokens) % recent_tokens`. A row of
+`length` tokens has exact copies of
+
+    p < min(sink_tokens, length)   and   first_recent <= p < length,
+    first_recent = max(exact_from, length - recent_tokens, sink_tokens).
+
+A store that makes a row of n tokens one of m sets `exact_from` to max(min(exact_from, n), m -
+recent_tokens) and copies those of its tokens that are then exact. Why the copies from `first_recent` on
+are right after it, however often tokens were appended and taken back: they were right before it (those
+below n), or it wrote them; and what it overwrote was the copy of a position lower by a multiple of
+`recent_tokens`, so below m - recent_tokens. Taking tokens back changes `length` only, which leaves fewer
+copies to be right. Setting `exact_from` a second time changes nothing, so many programs may set it at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+MEAN_TOKENS = 1024  # at most, of a first chunk, that the mean is taken from
+LEAST_MEAN_TOKENS = 16  # a chunk of fewer leaves it zero: it may then add more error than it removes
+
+
+class Beside(NamedTuple):
+    """The tensors of one layer; `sink_tokens` of the slots of `exact` are sinks, the others recent tokens.
+
+    Attributes:
+        k_mean: `[B, Hkv, D]`, zero until it is taken.
+        exact: `[B, Hkv, sink_tokens + recent_tokens, D + Dv]`, a key and its value a slot.
+        exact_from: int64, in the shape of the lengths.
+    """
+
+    k_mean: torch.Tensor | None = None
+    exact: torch.Tensor | None = None
+    exact_from: torch.Tensor | None = None
+    sink_tokens: int = 0
+
+    @property
+    def recent_tokens(self) -> int:
+        """Slots of recent tokens."""
+        return 0 if self.exact is None else self.exact.shape[2] - self.sink_tokens
+
+
+NOTHING = Beside()
