@@ -24,8 +24,10 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tq_inductor.corpus import held_out_text, training_files, training_text
 
@@ -225,13 +227,23 @@ def bits_per_byte(model: Qwen2ForCausalLM, source: bytes, context: int) -> float
     return nats / math.log(2) / (len(text) - 1)
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, its id the byte's value: byte-level BPE before its first merge."""
+    vocabulary = {char: byte for byte, char in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
 def store(model: Qwen2ForCausalLM, out: Path) -> None:
-    """Write config.json and model.safetensors, the weights rounded to bfloat16."""
+    """Write model and tokenizer as transformers loads them, the weights rounded to bfloat16."""
     # Set only now: a padding index would keep the embedding of byte 0, the separator of two
     # files, from learning. Nothing ends a text, so there is no end token.
     model.config.pad_token_id = 0
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
 
 
 def model_card(
@@ -269,7 +281,7 @@ tags: [byte-level, code, python]
 # A byte-level decoder for Python source
 
 A small language model for demonstrations and quality tests: `Qwen2ForCausalLM` from transformers,
-unchanged, reading and writing bytes (token id = byte value, no tokenizer). It completes Python
+unchanged, reading and writing bytes (token id = byte value). It completes Python
 source plausibly and is not meant to write correct programs.
 
 ## Data

@@ -11,6 +11,7 @@ CUDA graphs would be recorded anew for each length.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,19 +41,32 @@ class Split:
 def split_growing_inputs(gm: fx.GraphModule, example_inputs: list[Any]) -> Split | None:
     """Split off what is computed from an input that grows; None if that is not all its use.
 
-    `gm` stays as it is: Dynamo calls the result with what its placeholders say.
+    A size grows if no other tensor input has it: the length of a mask does, and the size of the batch,
+    once that is symbolic too, does not. `gm` stays as it is: Dynamo calls the result with what its
+    placeholders say.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    growing = {node for node in placeholders if _is_growing(value_of(node))}
-    tensors = [node for node in growing if isinstance(value_of(node), torch.Tensor)]
-    if len(tensors) != 1:
-        return None
-    before = _computed_from(growing, gm.graph)
+    tensors = [node for node in placeholders if isinstance(value_of(node), torch.Tensor)]
+    having = Counter(size for node in tensors for size in _symbols(value_of(node)))
+    for mask in tensors:
+        for size in sorted(_symbols(value_of(mask)), key=str):
+            if having[size] == 1 and (split := _split(gm, example_inputs, placeholders, mask, size)):
+                return split
+    return None
+
+
+def _split(
+    gm: fx.GraphModule, example_inputs: list[Any], placeholders: list[fx.Node], mask: fx.Node, size: Any
+) -> Split | None:
+    """Split off what is computed from the input `mask` until it has lost the symbolic `size`."""
+    growing = {node for node in placeholders if size in _symbols(value_of(node))}
+    sizes = {node for node in placeholders if isinstance(value_of(node), torch.SymInt)}
+    before = _computed_from(growing, sizes, size, gm.graph)
     results = [n for n in before if any(user not in before for user in n.users)]
     only_before = all(user in before for node in growing for user in node.users)
-    if not only_before or len(results) != 1 or _is_growing(value_of(results[0])):
+    if not only_before or len(results) != 1 or size in _symbols(value_of(results[0])):
         return None
-    (mask,), (result,) = tensors, results
+    (result,) = results
     kept = [i for i, node in enumerate(placeholders) if node not in growing or node is mask]
     place = kept.index(placeholders.index(mask))
     prologue = _prologue(gm, placeholders, before, result)
@@ -87,23 +101,25 @@ def _without(gm: fx.GraphModule, left_out: set[fx.Node], mask: fx.Node, result: 
     return rest
 
 
-def _is_growing(value: Any) -> bool:
-    """Whether a value is a symbolic size or a tensor that has one."""
-    if isinstance(value, torch.Tensor):
-        return any(not isinstance(size, int) for size in value.shape)
-    return isinstance(value, torch.SymInt)
+def _symbols(value: Any) -> set[Any]:
+    """The symbols in a size, or in the shape of a tensor."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
 
 
-def _computed_from(inputs: set[fx.Node], graph: fx.Graph) -> dict[fx.Node, None]:
-    """What is computed from these inputs alone, in order, until shapes are fixed; nothing that writes."""
+def _computed_from(
+    inputs: set[fx.Node], sizes: set[fx.Node], size: Any, graph: fx.Graph
+) -> dict[fx.Node, None]:
+    """What is computed from these inputs and perhaps sizes, in order, until `size` is lost; no writes."""
     found: dict[fx.Node, None] = {}
     growing = set(inputs)
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or written(node):
             continue
-        if node.all_input_nodes and all(source in growing for source in node.all_input_nodes):
+        sources = set(node.all_input_nodes)
+        if sources & growing and sources <= growing | sizes:
             found[node] = None
-            if not isinstance(value_of(node), torch.Tensor) or _is_growing(value_of(node)):
+            if not isinstance(value_of(node), torch.Tensor) or size in _symbols(value_of(node)):
                 growing.add(node)
     return found
 

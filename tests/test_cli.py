@@ -1,6 +1,7 @@
 """The command line: doctor, the demo on a CPU, and its errors."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,25 @@ def test_unknown_format(capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", "--kv-format", "k5v5"])
     assert "unknown kv_format 'k5v5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "missing"),
+    [
+        (["demo"], "demo", "rich"),
+        (["generate", "--prompt", "x"], "generate_text", "transformers"),
+        (["bench"], "bench", "rich"),
+        (["plot", __file__], "plot", "matplotlib"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(argv, module, missing, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, f"tq_inductor.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(argv) == 1
+    message = f"it needs {missing}, which is not installed: pip install 'tq_inductor[cli]'"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

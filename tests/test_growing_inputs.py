@@ -60,6 +60,30 @@ def test_decode_graphs_of_generate_get_fixed_shapes_only(monkeypatch):
     assert graphs == [(False, True, True), (True, True, True)]  # prefill, all steps
 
 
+def test_batches_of_many_sizes_still_lose_the_size_that_grows(monkeypatch):
+    model, decode_graphs = llama(), []
+
+    def inductor(gm, example_inputs, options):
+        if options["triton.cudagraphs"]:  # a graph is recorded for each value of these
+            sizes = [x for x in example_inputs if not isinstance(x, torch.Tensor)]
+            decode_graphs.append({size.node.hint for size in sizes})
+        return gm.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", inductor)
+    model.compile(backend="turboquant", mode="reduce-overhead")
+    for rows in (2, 3, 4):
+        mask, ids = padded_batch()
+        mask, ids = mask.repeat(2, 1)[:rows], ids.repeat(2, 1)[:rows]
+        caches = [
+            TurboQuantCache(model.config, 64, max_batch_size=rows, device="cpu", dtype=torch.float32)
+            for _ in range(2)
+        ]
+        got = generate(model, mask, ids, caches[0])
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(got, generate(model, mask, ids, caches[1]))
+    assert decode_graphs == [set(), {3}]  # the second has a symbolic batch, and no length
+
+
 def splits(f, *args):
     found = []
 

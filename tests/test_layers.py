@@ -45,13 +45,20 @@ MAY_IMPORT = {
     "compiler": ["lowering.*", "errors", "ops", "options", "report"],
     "cli": ["*"],
     "demo": ["*"],
+    "clock": [],
+    "generate_text": ["cache", "clock", "errors"],
+    "bench_point": ["cache", "clock"],
+    "bench": ["bench_point", "errors"],
+    "plot": ["errors"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
 MAY_IMPORT_LATE = {"ops": ["reference", "kernels.*"]}
 
 # Who may import these distributions at all, and who when loaded (others: inside a function). The
 # compiler works without Hugging Face, and registering the ops needs no Triton.
-ANYWHERE = {"transformers": ["cache", "cache_layers", "cli", "demo"]}
+ANYWHERE = {
+    "transformers": ["cache", "cache_layers", "cli", "demo", "clock", "generate_text", "bench_point"],
+}
 WHEN_LOADED = {"triton": ["kernels.*"]}
 
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

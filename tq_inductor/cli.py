@@ -9,10 +9,23 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from .attention.select import attention_backends
-from .errors import FormatError
+from .errors import FormatError, UnsupportedModelError, UsageError
 from .format import KVFormat
+
+EXTRAS = ("rich", "matplotlib", "transformers", "tokenizers", "safetensors")
+BENCH_MODELS = ("llama", "qwen3", "gemma3")
+BENCH_CACHES = ("dynamic", "quantized", "static-inductor", "static")
+# Options of transformers' `generate`, by its names.
+SAMPLING = {
+    "temperature": (float, "divides the logits"),
+    "top_k": (int, "sample among so many tokens"),
+    "top_p": (float, "sample among the fewest tokens that have this probability together"),
+    "min_p": (float, "sample among tokens at least this probable, relative to the most probable"),
+    "repetition_penalty": (float, "above 1: repeat less"),
+}
 
 
 def doctor() -> None:
@@ -44,28 +57,154 @@ def kv_format_name(name: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(prog="tq-inductor", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what this machine can run, and why not the rest")
-    demo = commands.add_parser("demo", help="a small model reads held-out text from a packed cache")
-    demo.add_argument("--kv-format", type=kv_format_name, default="k4v4", help="default: k4v4")
-    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args(argv)
-    if args.command == "doctor":
-        doctor()
-        return 0
+def bench_cache(name: str) -> str:
+    """Argument type: a cache that `bench` knows."""
     try:
-        from .demo import run_demo
-    except ModuleNotFoundError as error:
-        print(f"the demo needs {error.name}: pip install 'tq_inductor[cli]'", file=sys.stderr)
-        return 1
+        return name if name in BENCH_CACHES else kv_format_name(name)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} Or one of {', '.join(BENCH_CACHES)}.") from None
+
+
+def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def existing_file(text: str) -> Path:
+    """Argument type: a file that can be read."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return Path(text)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """`tq-inductor demo`."""
+    from .demo import run_demo
+
     figures = run_demo(args.kv_format, args.device)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """`tq-inductor generate`."""
+    from .generate_text import generate_text
+
+    if args.kv_format and args.cache != "turboquant":
+        raise UsageError(f"--kv-format is of a packed cache: leave it out with --cache {args.cache}")
+    prompt = args.prompt
+    if prompt is None:
+        prompt = args.prompt_file.read_text() if args.prompt_file else sys.stdin.read()
+    given = {name: getattr(args, name) for name in (*SAMPLING, "prefill_chunk_size")}
+    figures = generate_text(
+        prompt, args.model, cache=args.cache, kv_format=args.kv_format or "k4v4", compiled=args.compile,
+        device=args.device, dtype=args.dtype, seed=args.seed, max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample, **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """`tq-inductor bench`."""
+    from .bench import grid, run_bench
+
+    points = grid(
+        args.model, args.size, args.cache, args.batch, args.context, args.new_tokens, args.prefill_tokens,
+        args.largest,
+    )  # fmt: skip
+    run_bench(points, args.out, time_limit=args.time_limit, stop_after=args.stop_after)
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    """`tq-inductor plot`."""
+    from .plot import draw_plots
+
+    for path in draw_plots(args.result, args.out, args.format):
+        print(f"wrote {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tq-inductor", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, says: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=says, description=says)
+        found.set_defaults(run=run)
+        return found
+
+    command("doctor", lambda args: doctor(), "what this machine can run, and why not the rest")
+
+    demo = command("demo", run_demo, "a small model reads held-out text from a packed cache")
+    demo.add_argument("--kv-format", type=kv_format_name, default="k4v4", help="default: k4v4")
+    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+    generate = command("generate", run_generate, "a transformers model goes on with a text")
+    add = generate.add_argument
+    add("model", nargs="?", help="folder or name of a checkpoint; default: the small one that ships here")
+    prompt = generate.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="default: read standard input")
+    prompt.add_argument("--prompt-file", type=existing_file, metavar="FILE")
+    add("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
+    add("--cache", choices=("turboquant", "static", "dynamic"), default="turboquant")
+    add("--kv-format", type=kv_format_name, help="of a turboquant cache; default: k4v4")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    add("--device", help="default: cuda if there is one")
+    add("--dtype", default="auto", help="such as bfloat16; default: the checkpoint's")
+    add("--prefill-chunk-size", type=positive, metavar="N", help="read the prompt N tokens at a time")
+    add("--seed", type=int, help="of the sampling")
+    add("--do-sample", action="store_true", help="sample; default: always the most probable token")
+    for name, (kind, says) in SAMPLING.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=says)
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+    bench = command("bench", run_bench, "speed, memory and compile time of caches, ours and transformers'")
+    add = bench.add_argument
+    formats = "KV formats of a TurboQuantCache such as k4v4"
+    add("--out", type=Path, default=Path("bench.json"), help="default: bench.json; run again to go on")
+    add("--model", choices=BENCH_MODELS, nargs="+", help="shapes, weights random; default: all, CPU: llama")
+    add("--size", choices=("full", "tiny"), help="default: full on a GPU, tiny on a CPU")
+    add(
+        "--cache",
+        type=bench_cache,
+        nargs="+",
+        metavar="CACHE",
+        help=f"{', '.join(BENCH_CACHES)}, or {formats}",
+    )
+    add("--batch", type=positive, nargs="+", metavar="B")
+    add("--context", type=positive, nargs="+", metavar="N", help="tokens of the prompts")
+    add("--largest", action="store_true", help="also look for the largest context that fits")
+    add("--new-tokens", type=positive, default=24, metavar="N", help="per measurement; default: 24")
+    add("--prefill-tokens", type=positive, default=1 << 18, metavar="N", help="of a batch, read at once")
+    add("--time-limit", type=float, default=600, metavar="S", help="for one point; default: 600")
+    add("--stop-after", type=float, metavar="S", help="start no new point after so many seconds")
+
+    plot = command("plot", run_plot, "draw speed and memory over context, and tokens/s over batch")
+    plot.add_argument("result", type=existing_file, help="what `bench` wrote")
+    plot.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="default: here")
+    plot.add_argument("--format", choices=("svg", "png"), default="svg")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run it; the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        said = f"it needs {package}, which is not installed: pip install 'tq_inductor[cli]'"
+    except (UsageError, FormatError, UnsupportedModelError, OSError) as error:
+        said = str(error)
+    else:
+        return 0
+    print(f"tq-inductor {args.command}: {said}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class UnsupportedModelError(ValueError):
     """A model whose KV cache cannot be kept by `TurboQuantCache`."""
 
 
+class UsageError(ValueError):
+    """A command line that asks for what cannot be done."""
+
+
 class CompilerError(ShortenTraceback):
     """Raised while compiling.
 
