@@ -20,6 +20,9 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
 - `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
   `bounds`; `backend` names the attention backend.
+- `dense_attn`: q, k and v as for `attend`, by the attention backend named `backend`. What is visible is
+  said by `attn_mask`, or by `alignment` and `window_back`, `window_ahead` (-1: no limit): see
+  `AttentionCall`. `alibi_slopes` float `[H]`: a slope times `key - query` is added to a score.
 - `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
   `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right.
 
@@ -30,6 +33,8 @@ from __future__ import annotations
 
 import torch
 
+from .attention.arguments import DenseArguments
+from .attention.select import BY_NAME
 from .format import KVFormat
 
 _lib = torch.library.Library("tq_inductor", "DEF")
@@ -47,6 +52,9 @@ for _schema in (
     " -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks, float scale,"
     " str backend) -> Tensor",
+    "dense_attn(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks,"
+    " str alignment, int window_back, int window_ahead, float? softcap, float scale, str backend)"
+    " -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
     " int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> Tensor",
     "tq_refuse_backward(Tensor grad) -> Tensor",
@@ -222,6 +230,48 @@ def _attend_fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _dense_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alignment: str,
+    window_back: int,
+    window_ahead: int,
+    softcap: float | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    window = tuple(None if side < 0 else side for side in (window_back, window_ahead))
+    x = DenseArguments(q, k, v, attn_mask, alibi_slopes, sinks, alignment, window, softcap, scale)  # type: ignore[arg-type]
+    attend = BY_NAME[backend].attend
+    if not q.is_cuda:
+        from .reference_attention import dense_attention as attend
+    if attend is None:
+        raise ValueError(f"attention backend {backend!r} has another op")
+    return attend(x).contiguous().transpose(1, 2)
+
+
+def _dense_attn_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alignment: str,
+    window_back: int,
+    window_ahead: int,
+    softcap: float | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    batch, heads, q_len, _ = q.shape
+    return q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+
+
 def _varlen_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -236,7 +286,7 @@ def _varlen_attn(
     if q.is_cuda:
         from .kernels.varlen import varlen_attention
     else:
-        from .reference import varlen_attention
+        from .reference_attention import varlen_attention
     return varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale
     )
@@ -273,6 +323,7 @@ for _name, _impl, _fake in (
     ("tq_decode", _tq_decode, _tq_decode_fake),
     ("tq_append_attend", _tq_append_attend, _tq_append_attend_fake),
     ("attend", _attend, _attend_fake),
+    ("dense_attn", _dense_attn, _dense_attn_fake),
     ("varlen_attn", _varlen_attn, _varlen_attn_fake),
     ("tq_refuse_backward", _tq_refuse_backward, _tq_refuse_backward_fake),
 ):
@@ -285,5 +336,5 @@ def _backward_refused(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tens
     torch.ops.tq_inductor.tq_refuse_backward(grad)
 
 
-for _name in ("tq_decode", "attend", "varlen_attn"):
+for _name in ("tq_decode", "attend", "dense_attn", "varlen_attn"):
     torch.library.register_autograd(f"tq_inductor::{_name}", _backward_refused, lib=_lib)

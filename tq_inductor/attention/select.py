@@ -1,4 +1,4 @@
-"""The attention backends in order of preference, and the choice among them."""
+"""The attention backends, and the choice among them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import NoAttentionBackendError, OptionError
-from . import own_kernels, sdpa, triton, turboquant
+from . import cudnn, fa2, fa3, fa4, flashinfer, flex, own_kernels, sdpa, torch_flash, triton, turboquant
+from .arguments import DenseArguments
 from .call import AttentionCall
+from .order import order_for
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,30 @@ class AttentionBackend:
         name: as in `options={"attention": name}`.
         why_not: reasons, with values, why it cannot run a call; empty if it can.
         unavailable: reasons why it can run nothing on this machine.
+        attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
+        takes_masks: whether `attend` takes an `attn_mask`.
     """
 
     name: str
     why_not: Callable[[AttentionCall], list[str]]
     unavailable: Callable[[], list[str]]
+    attend: Callable[[DenseArguments], torch.Tensor] | None = None
+    takes_masks: bool = False
 
 
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
     AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
+    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.attend),
+    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.attend),
+    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.attend),
+    AttentionBackend("flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.attend),
+    AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, cudnn.attend),
+    AttentionBackend("torch_flash", torch_flash.why_not, torch_flash.unavailable, torch_flash.attend),
     AttentionBackend("sdpa", sdpa.why_not, sdpa.unavailable),
+    AttentionBackend("flex", flex.why_not, flex.unavailable, flex.attend, takes_masks=True),
 )
+BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Choice:
 
 
 def attention_backends() -> dict[str, Availability]:
-    """Name -> availability with reasons, for this machine, in order of preference."""
+    """Name -> availability with reasons, for this machine."""
     found = {b.name: tuple(b.unavailable()) for b in BACKENDS}
     return {name: Availability(not reasons, reasons) for name, reasons in found.items()}
 
@@ -72,7 +88,7 @@ def check_backend_name(name: object) -> str:
 
 
 def select(call: AttentionCall, requested: str = "auto") -> Choice:
-    """The first backend that can run `call`, or the requested one; "none" if none can.
+    """The first backend of the call's order that can run it, or the requested one; "none" if none can.
 
     Raises:
         NoAttentionBackendError: the requested backend cannot run it; lists its reasons.
@@ -88,10 +104,19 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
             )
         chosen = requested
     else:
-        chosen = next((name for name, why in reasons.items() if not why), "none")
+        order = order_for(call).names
+        chosen = next((name for name in order if not reasons[name]), "none")
     not_chosen = {
-        name: why or [f"{chosen} was asked for" if requested != "auto" else f"{chosen} is preferred"]
+        name: why or [_passed_over(name, chosen, requested, call)]
         for name, why in reasons.items()
         if name != chosen
     }
     return Choice(chosen, not_chosen)
+
+
+def _passed_over(name: str, chosen: str, requested: str, call: AttentionCall) -> str:
+    """Why a backend that could run the call does not."""
+    if requested != "auto":
+        return f"{chosen} was asked for"
+    listed = name in order_for(call).names
+    return f"{chosen} is preferred" if listed else "only if asked for by name (see attention/order.py)"

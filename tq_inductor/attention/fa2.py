@@ -1,0 +1,46 @@
+"""Attention backend `fa2`: FlashAttention 2 of the package flash-attn."""
+
+from __future__ import annotations
+
+import torch
+
+from .arguments import DenseArguments
+from .call import AttentionCall
+from .limits import Limits
+from .machine import why_not_here
+from .packages import absence, at_least, failure, version_of
+
+PACKAGE, MODULE, EXTRA = "flash-attn", "flash_attn.flash_attn_interface", "flash-attn"
+OLDEST = "2.7.0"  # the first with softcap and windows in all kernels that are called here
+LIMITS = Limits(softcap=True, alibi=True, page_multiple=256)
+
+
+def why_not(call: AttentionCall) -> list[str]:
+    """Reasons, with values, why it cannot run a call; empty if it can."""
+    reasons = [*LIMITS.why_not(call), *(_missing() if call.device == "cuda" else [])]
+    return reasons or failure(PACKAGE, MODULE)
+
+
+def unavailable() -> list[str]:
+    """Reasons why it can run nothing on this machine."""
+    return [*why_not_here(LIMITS), *_missing()] or failure(PACKAGE, MODULE)
+
+
+def attend(x: DenseArguments) -> torch.Tensor:
+    """Attention `[B, Lq, H, Dv]`."""
+    from flash_attn.flash_attn_interface import flash_attn_func
+
+    q, k, v = x.tokens_first()
+    slopes = None if x.alibi_slopes is None else x.alibi_slopes.float()
+    return flash_attn_func(  # type: ignore[no-any-return]
+        q=q, k=k, v=v, dropout_p=0.0, softmax_scale=x.scale, causal=x.causal,
+        window_size=(-1, -1) if x.causal else x.window_or(-1), softcap=x.softcap or 0.0,
+        alibi_slopes=slopes, deterministic=False, return_attn_probs=False,
+    )  # fmt: skip
+
+
+def _missing() -> list[str]:
+    version = version_of(PACKAGE)
+    if version is None:
+        return absence(PACKAGE, EXTRA)
+    return [] if at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

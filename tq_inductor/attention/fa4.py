@@ -1,0 +1,74 @@
+"""Attention backend `fa4`: FlashAttention 4 of the package flash-attn-4, compiled at its first call.
+
+On SM90 it does not split keys among processors: a few queries over many keys are better elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .arguments import DenseArguments
+from .call import AttentionCall
+from .limits import Capability, HeadDims, Limits
+from .machine import why_not_here
+from .packages import absence, at_least, failure, version_of
+
+PACKAGE, MODULE, EXTRA = "flash-attn-4", "flash_attn.cute.interface", "fa4"
+OLDEST = "4.0.0b36"
+HEAD_DIMS = {  # major capability -> sizes of a head
+    9: HeadDims(256, any_pair=True),
+    10: HeadDims(128, pairs=((192, 128), (256, 256), (64, 512), (512, 512)), any_pair=True),
+}
+PAGED = (9, 10)
+BLACKWELL = ((10, 0), (10, 3), (11, 0))
+
+
+def limits_of(capability: Capability | None) -> Limits:
+    """By capability; those not in the tables are limited to what all kernels can do."""
+    major = capability[0] if capability else 0
+    major = 10 if major == 11 else major
+    return Limits(
+        head_dims=HEAD_DIMS.get(major, HeadDims(128)),
+        softcap=True,
+        sinks=True,
+        page_multiple=1 if major in PAGED else None,
+    )
+
+
+def why_not(call: AttentionCall) -> list[str]:
+    """Reasons, with values, why it cannot run a call; empty if it can."""
+    reasons = limits_of(call.capability).why_not(call)
+    if call.device == "cuda":
+        if (
+            call.capability in BLACKWELL
+            and call.head_dim == 256
+            and (call.sinks or call.softcap is not None)
+        ):
+            reasons.append(f"head_dim=256 with sinks or softcap on {call.architecture}")
+        reasons += _missing()
+    return reasons or failure(PACKAGE, MODULE)
+
+
+def unavailable() -> list[str]:
+    """Reasons why it can run nothing on this machine."""
+    return [*why_not_here(limits_of(None)), *_missing()] or failure(PACKAGE, MODULE)
+
+
+def attend(x: DenseArguments) -> torch.Tensor:
+    """Attention `[B, Lq, H, Dv]`."""
+    from flash_attn.cute.interface import flash_attn_func
+
+    q, k, v = x.tokens_first()
+    out = flash_attn_func(
+        q=q, k=k, v=v, softmax_scale=x.scale, causal=x.causal,
+        window_size=(None, None) if x.causal else x.window, learnable_sink=x.sinks,
+        softcap=x.softcap or 0.0, return_lse=False,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out  # by version
+
+
+def _missing() -> list[str]:
+    version = version_of(PACKAGE)
+    if version is None:
+        return absence(PACKAGE, EXTRA)
+    return [] if at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]
