@@ -24,7 +24,8 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   said by `attn_mask`, or by `alignment` and `window_back`, `window_ahead` (-1: no limit): see
   `AttentionCall`. `alibi_slopes` float `[H]`: a slope times `key - query` is added to a score.
 - `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
-  `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right.
+  `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right. Tokens
+  after the last sequence give zeros. `backend` names the attention backend.
 
 A query without a visible key gives zeros.
 """
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention.arguments import DenseArguments
+from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
 from .format import KVFormat
 
@@ -56,7 +57,7 @@ for _schema in (
     " str alignment, int window_back, int window_ahead, float? softcap, float scale, str backend)"
     " -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> Tensor",
+    ' int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, str backend="triton") -> Tensor',
     "tq_refuse_backward(Tensor grad) -> Tensor",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -282,14 +283,19 @@ def _varlen_attn(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    backend: str = "triton",
 ) -> torch.Tensor:
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale)
+    if q.is_cuda and backend != "triton":
+        varlen = BY_NAME[backend].varlen
+        if varlen is None:
+            raise ValueError(f"attention backend {backend!r} takes no ragged sequences")
+        return varlen(VarlenArguments(*args))
     if q.is_cuda:
         from .kernels.varlen import varlen_attention
     else:
         from .reference_attention import varlen_attention
-    return varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale
-    )
+    return varlen_attention(*args)
 
 
 def _varlen_attn_fake(
@@ -302,6 +308,7 @@ def _varlen_attn_fake(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    backend: str = "triton",
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 

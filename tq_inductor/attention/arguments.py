@@ -1,4 +1,4 @@
-"""What the op `dense_attn` hands to an attention backend: tensors, and the constants of the choice."""
+"""What the ops `dense_attn` and `varlen_attn` hand to an attention backend."""
 
 from __future__ import annotations
 
@@ -44,6 +44,30 @@ class DenseArguments:
     def tokens_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v as `[B, L, heads, D]`, as FlashAttention takes them."""
         return tokens_first(self.q), tokens_first(self.k), tokens_first(self.v)
+
+
+@dataclass(frozen=True)
+class VarlenArguments:
+    """Attention over sequences of any lengths, one behind the other; causal is aligned bottom-right.
+
+    Attributes:
+        q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`.
+        cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, on the device.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    scale: float
+
+    def zeros(self) -> torch.Tensor:
+        """`[Tq, H, Dv]`: what tokens after the last sequence give."""
+        return self.q.new_zeros((*self.q.shape[:-1], self.v.shape[-1]))
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import DenseArguments
+from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import Limits
 from .machine import why_not_here
@@ -37,6 +37,20 @@ def attend(x: DenseArguments) -> torch.Tensor:
         window_size=(-1, -1) if x.causal else x.window_or(-1), softcap=x.softcap or 0.0,
         alibi_slopes=slopes, deterministic=False, return_attn_probs=False,
     )  # fmt: skip
+
+
+def varlen(x: VarlenArguments) -> torch.Tensor:
+    """Ragged attention `[Tq, H, Dv]`."""
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q=x.q, k=x.k, v=x.v, cu_seqlens_q=x.cu_seqlens_q, cu_seqlens_k=x.cu_seqlens_k,
+        max_seqlen_q=x.max_seqlen_q, max_seqlen_k=x.max_seqlen_k, dropout_p=0.0, softmax_scale=x.scale,
+        causal=x.causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False,
+    )  # fmt: skip
+    token = torch.arange(x.q.shape[0], device=x.q.device)
+    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], out, 0)
 
 
 def _missing() -> list[str]:

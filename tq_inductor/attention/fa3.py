@@ -6,11 +6,12 @@ FlashAttention's `hopper`, has all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .arguments import DenseArguments
+from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import HeadDims, Limits
 from .machine import why_not_here
@@ -67,17 +68,32 @@ def unavailable() -> list[str]:
 
 def attend(x: DenseArguments) -> torch.Tensor:
     """Attention `[B, Lq, H, Dv]`."""
-    build = installed()
-    assert build is not None, "why_not() was not asked"
-    if reasons := _failure(build):  # also registers the op
-        raise ImportError(*reasons)
     q, k, v = x.tokens_first()
     back, ahead = (-1, -1) if x.causal else x.window_or(-1)
-    out = getattr(torch.ops, build.namespace).fwd(
+    out = _op()(
         q=q, k=k, v=v, softmax_scale=x.scale, is_causal=x.causal, window_size_left=back,
         window_size_right=ahead, softcap=x.softcap or 0.0, num_splits=0,
     )  # fmt: skip
     return out[0]  # type: ignore[no-any-return]
+
+
+def varlen(x: VarlenArguments) -> torch.Tensor:
+    """Ragged attention `[Tq, H, Dv]`."""
+    out = _op()(
+        q=x.q, k=x.k, v=x.v, out=x.zeros(), cu_seqlens_q=x.cu_seqlens_q, cu_seqlens_k=x.cu_seqlens_k,
+        max_seqlen_q=x.max_seqlen_q, max_seqlen_k=x.max_seqlen_k, softmax_scale=x.scale,
+        is_causal=x.causal, window_size_left=-1, window_size_right=-1, softcap=0.0, num_splits=0,
+    )  # fmt: skip
+    return out[0]  # type: ignore[no-any-return]
+
+
+def _op() -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The op of the build that is here, by keyword only."""
+    build = installed()
+    assert build is not None, "why_not() was not asked"
+    if reasons := _failure(build):  # the import registers the op
+        raise ImportError(*reasons)
+    return getattr(torch.ops, build.namespace).fwd  # type: ignore[no-any-return]
 
 
 def _missing(build: Build | None) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import DenseArguments
+from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import Capability, HeadDims, Limits
 from .machine import why_not_here
@@ -64,7 +64,25 @@ def attend(x: DenseArguments) -> torch.Tensor:
         window_size=(None, None) if x.causal else x.window, learnable_sink=x.sinks,
         softcap=x.softcap or 0.0, return_lse=False,
     )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out  # by version
+    return _only(out)
+
+
+def varlen(x: VarlenArguments) -> torch.Tensor:
+    """Ragged attention `[Tq, H, Dv]`."""
+    from flash_attn.cute.interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q=x.q, k=x.k, v=x.v, cu_seqlens_q=x.cu_seqlens_q, cu_seqlens_k=x.cu_seqlens_k,
+        max_seqlen_q=x.max_seqlen_q, max_seqlen_k=x.max_seqlen_k, softmax_scale=x.scale, causal=x.causal,
+        window_size=(None, None), softcap=0.0, return_lse=False,
+    )  # fmt: skip
+    token = torch.arange(x.q.shape[0], device=x.q.device)
+    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], _only(out), 0)
+
+
+def _only(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The attention, which comes alone or with an LSE, by the package's version and function."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _missing() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import NoAttentionBackendError, OptionError
 from . import cudnn, fa2, fa3, fa4, flashinfer, flex, own_kernels, sdpa, torch_flash, triton, turboquant
-from .arguments import DenseArguments
+from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .order import order_for
 
@@ -24,27 +24,33 @@ class AttentionBackend:
         why_not: reasons, with values, why it cannot run a call; empty if it can.
         unavailable: reasons why it can run nothing on this machine.
         attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
-        takes_masks: whether `attend` takes an `attn_mask`.
+        varlen: computes what the op `varlen_attn` is called with; None if it cannot, or by another way.
     """
 
     name: str
     why_not: Callable[[AttentionCall], list[str]]
     unavailable: Callable[[], list[str]]
     attend: Callable[[DenseArguments], torch.Tensor] | None = None
-    takes_masks: bool = False
+    varlen: Callable[[VarlenArguments], torch.Tensor] | None = None
 
 
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
     AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
-    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.attend),
-    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.attend),
-    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.attend),
+    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.attend, fa3.varlen),
+    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.attend, fa4.varlen),
+    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.attend, fa2.varlen),
     AttentionBackend("flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.attend),
     AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, cudnn.attend),
-    AttentionBackend("torch_flash", torch_flash.why_not, torch_flash.unavailable, torch_flash.attend),
+    AttentionBackend(
+        "torch_flash",
+        torch_flash.why_not,
+        torch_flash.unavailable,
+        torch_flash.attend,
+        torch_flash.varlen,
+    ),
     AttentionBackend("sdpa", sdpa.why_not, sdpa.unavailable),
-    AttentionBackend("flex", flex.why_not, flex.unavailable, flex.attend, takes_masks=True),
+    AttentionBackend("flex", flex.why_not, flex.unavailable, flex.attend),
 )
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import DenseArguments
+from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import Limits
 from .machine import why_not_here
@@ -35,3 +35,14 @@ def attend(x: DenseArguments) -> torch.Tensor:
         window_size_left=back, window_size_right=ahead,
     )  # fmt: skip
     return out[0]  # type: ignore[no-any-return]
+
+
+def varlen(x: VarlenArguments) -> torch.Tensor:
+    """Ragged attention `[Tq, H, Dv]`."""
+    out = torch.ops.aten._flash_attention_forward(
+        query=x.q, key=x.k, value=x.v, cum_seq_q=x.cu_seqlens_q, cum_seq_k=x.cu_seqlens_k,
+        max_q=x.max_seqlen_q, max_k=x.max_seqlen_k, dropout_p=0.0, is_causal=x.causal,
+        return_debug_mask=False, scale=x.scale,
+    )[0]  # fmt: skip
+    token = torch.arange(x.q.shape[0], device=x.q.device)
+    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], out, 0)
