@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from tq_inductor.attention import fa2, fa3, fa4, packages
 from tq_inductor.attention.arguments import DenseArguments, VarlenArguments
 from tq_inductor.attention.call import AttentionCall
-from tq_inductor.attention.order import ORDERS
+from tq_inductor.attention.order import LAST, ORDERS, Order
 from tq_inductor.attention.select import BACKENDS, BY_NAME, attention_backends, select
 from tq_inductor.errors import NoAttentionBackendError
 
@@ -81,14 +83,14 @@ MATRIX = [
     ("sm80", {"head_dim": 256, "v_head_dim": 256}, "fa2 flashinfer torch_flash flex"),
     ("sm100", {"head_dim": 256, "v_head_dim": 256}, "fa4 fa2 flashinfer torch_flash flex"),
     ("sm120", {"head_dim": 256, "v_head_dim": 256}, "fa2 flashinfer torch_flash flex"),
-    ("sm90", {"head_dim": 512, "v_head_dim": 512}, "flashinfer"),
+    ("sm90", {"head_dim": 512, "v_head_dim": 512}, "flashinfer cudnn"),
     ("sm80", {"head_dim": 512, "v_head_dim": 512}, "flashinfer"),
     ("sm100", {"head_dim": 512, "v_head_dim": 512}, "fa4 flashinfer"),
     ("sm103", {"head_dim": 512, "v_head_dim": 512}, "fa4 flashinfer"),
     ("sm90", {"head_dim": 192, "v_head_dim": 128}, "fa3 fa4 flashinfer cudnn flex"),
     ("sm100", {"head_dim": 192, "v_head_dim": 128}, "fa4 flashinfer flex"),
     ("sm80", {"head_dim": 192, "v_head_dim": 128}, "flashinfer flex"),
-    ("sm90", {"head_dim": 64, "v_head_dim": 512}, "fa3"),
+    ("sm90", {"head_dim": 64, "v_head_dim": 512}, "fa3 cudnn"),
     ("sm100", {"head_dim": 64, "v_head_dim": 512}, "fa4"),
     ("sm90", {"head_dim": None}, ""),
     # causal, as many queries as keys and fewer, both alignments
@@ -190,7 +192,7 @@ def test_packages_are_known_by_version(installed):
     installed({**old, "fa3-fwd": "0.0.2"})
     assert willing() == ["flashinfer", "cudnn", "torch_flash", "flex"]
     assert BY_NAME["fa4"].why_not(call()) == ["flash-attn-4 4.0.0b35 (needs 4.0.0b36 or newer)"]
-    assert not willing(head_dim=512, v_head_dim=512)
+    assert willing(head_dim=512, v_head_dim=512) == ["cudnn"]
     installed({"flash-attn-3": "3.0.0", "fa3-fwd": "0.0.3"})  # the full build goes first
     assert "fa3" in willing(dtype=torch.float16)
     assert "fa3" in willing(alignment="equal", window=(255, 0))
@@ -201,6 +203,9 @@ def test_cudnn_is_known_by_version(installed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90700)
     assert "cudnn" in willing()
     assert "cudnn" not in willing(head_dim=256, v_head_dim=256)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    assert "cudnn" in willing(head_dim=256, v_head_dim=256)
+    assert "cudnn" not in willing(head_dim=512, v_head_dim=512)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     assert BY_NAME["cudnn"].why_not(call()) == ["cuDNN 0 (needs 90000 or newer)"]
 
@@ -328,9 +333,42 @@ def test_the_orders_name_backends_that_exist():
         assert order.names[0] == "turboquant"
         assert set(order.names) <= set(BY_NAME)
         assert len(set(order.names)) == len(order.names)
-        assert order.evidence
-    assert ORDERS[-1].phase == ""
-    assert ORDERS[-1].majors == ()
+        assert set(LAST) <= set(order.names)
+    assert ORDERS[-1] == Order(first=ORDERS[-1].first)  # fits everything
+
+
+EVIDENCE = json.loads((Path(__file__).parents[1] / "benchmarks/results/backends.json").read_text())
+
+
+@pytest.mark.parametrize("case", EVIDENCE["cases"], ids=lambda c: f"{c['name']} {c['batch']}x{c['kv_len']}")
+def test_the_order_follows_from_what_was_measured(installed, case):
+    """Within 5% of the best, or of the runs' spread, with all packages of the evidence, and with none."""
+    if case["ragged"]:
+        return
+    window = (case["back"], case["ahead"])
+    equal = window == (None, None) or case["q_len"] == case["kv_len"]
+    flag = equal and window in ((None, None), (None, 0))
+    names = ("batch_size", "q_len", "kv_len", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")
+    keys = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "head_dim")
+    facts = {name: case[key] for name, key in zip(names, keys, strict=True)}
+    facts |= {"cached": case["cached"], "alignment": "equal" if equal else "bottom-right", "window": window}
+    facts |= {
+        "mask": "none" if flag else "bool",
+        "is_causal": flag and window == (None, 0),
+        "interval": not flag,
+    }
+    default = case["default"]["median_us"]
+    for versions in (EVIDENCE["environment"], {"flash-attn-4": "4.0.0b36"}, {}):
+        installed(versions)
+        options = {
+            b.name: case[b.name] for b in BACKENDS if b.name in case and not b.why_not(call(**facts))
+        }
+        options["sdpa"] = case["default"]
+        chosen = options[select(call(**facts)).backend]
+        best = min(options.values(), key=lambda way: way["median_us"])
+        slack = max(0.05 * best["median_us"], best["spread_us"], chosen["spread_us"])
+        assert chosen["median_us"] <= best["median_us"] + slack
+        assert chosen["median_us"] <= default + default * 0.01
 
 
 def test_layers_are_chosen_for_one_by_one(installed):

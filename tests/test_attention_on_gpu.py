@@ -13,6 +13,7 @@ import tq_inductor.ops  # noqa: F401
 from tq_inductor.attention.arguments import DenseArguments
 from tq_inductor.attention.call import AttentionCall
 from tq_inductor.attention.select import BACKENDS, BY_NAME
+from tq_inductor.compiler import turboquant
 from tq_inductor.reference import attention
 from tq_inductor.reference_attention import visible_window
 
@@ -138,7 +139,6 @@ def test_ragged(name, causal):
         ("torch_flash", "D=512", {}),
         ("torch_flash", "values of 128", {}),
         ("torch_flash", "causal", {"dtype": torch.float32}),
-        ("cudnn", "D=512", {}),
         ("cudnn", "causal", {"dtype": torch.float32}),
         ("fa3", "window", {}),
         ("fa3", "D=512", {}),
@@ -158,7 +158,7 @@ def test_what_it_says_it_cannot_is_true(name, what, changes):
     except Exception:
         return
     wrong = (got - expected(call, q, k, v)).abs().max()
-    assert wrong > 0.1, "it gives the right result: why does it say that it cannot?"
+    assert not wrong < 0.1, "it gives the right result: why does it say that it cannot?"
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -183,7 +183,7 @@ def test_a_named_backend_is_a_constant_of_the_graph_and_replays(name):
         assert f", {name})" in seen[1]
         torch._dynamo.reset()
         compiled = torch.compile(
-            f, backend="turboquant", options={"attention": {"prefill": name}, "triton.cudagraphs": True}
+            f, backend=turboquant, options={"attention": {"prefill": name}, "triton.cudagraphs": True}
         )
         for _ in range(3):
             out = compiled(q, k, v).clone()

@@ -12,15 +12,16 @@ from .call import AttentionCall
 from .limits import HeadDims, Limits
 from .machine import why_not_here
 
-WIDE_HEADS = {(9, 0): 91000}  # capability -> the first cuDNN with head_dim over 128, to 256
+WIDE_HEADS = {(9, 0): ((91900, 512), (91000, 256))}  # capability -> (first cuDNN, highest head_dim)
 
 
 def limits_of(capability: tuple[int, int] | None, cudnn: int) -> Limits:
     """By capability and cuDNN's version, e.g. 91900."""
-    wide = capability in WIDE_HEADS and cudnn >= WIDE_HEADS[capability]
+    wide = WIDE_HEADS.get(capability, ()) if capability else ()
+    highest = next((size for first, size in wide if cudnn >= first), 128)
     return Limits(
         highest=(12, 1),
-        head_dims=HeadDims(256 if wide else 128, any_pair=True),
+        head_dims=HeadDims(highest, any_pair=True),
         alignment="top-left",
         window=False,
         varlen=False,

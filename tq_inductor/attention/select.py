@@ -110,8 +110,7 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
             )
         chosen = requested
     else:
-        order = order_for(call).names
-        chosen = next((name for name in order if not reasons[name]), "none")
+        chosen = next((name for name in order_for(call) if not reasons[name]), "none")
     not_chosen = {
         name: why or [_passed_over(name, chosen, requested, call)]
         for name, why in reasons.items()
@@ -124,5 +123,5 @@ def _passed_over(name: str, chosen: str, requested: str, call: AttentionCall) ->
     """Why a backend that could run the call does not."""
     if requested != "auto":
         return f"{chosen} was asked for"
-    listed = name in order_for(call).names
+    listed = name in order_for(call)
     return f"{chosen} is preferred" if listed else "only if asked for by name (see attention/order.py)"
