@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends_page import PAGE, page_with_tables
 
 from tq_inductor.attention import fa2, fa3, fa4, packages
 from tq_inductor.attention.arguments import DenseArguments, VarlenArguments
@@ -38,8 +39,6 @@ def installed(monkeypatch):
 
     def pretend(versions):
         monkeypatch.setattr(packages, "version_of", versions.get)
-        for module in (fa2, fa3, fa4, sys.modules["tq_inductor.attention.flashinfer"]):
-            monkeypatch.setattr(module, "version_of", versions.get)
         monkeypatch.setattr(packages, "import_failure", lambda module: "")
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
 
@@ -386,3 +385,8 @@ def test_availability_on_this_machine_says_why():
     for name, found in attention_backends().items():
         assert bool(found) == (name in ("turboquant", "triton", "sdpa"))
         assert bool(found) or "no CUDA device" in found.reasons
+
+
+def test_the_docs_page_is_made_of_the_tables():
+    page = PAGE.read_text()
+    assert page_with_tables(page) == page, "run: python tests/backends_page.py --write"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from . import packages
 from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import Limits
 from .machine import why_not_here
-from .packages import absence, at_least, failure, version_of
 
 PACKAGE, MODULE, EXTRA = "flash-attn", "flash_attn.flash_attn_interface", "flash-attn"
 OLDEST = "2.7.0"  # the first with softcap and windows in all kernels that are called here
@@ -18,12 +18,12 @@ LIMITS = Limits(softcap=True, alibi=True, page_multiple=256)
 def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why it cannot run a call; empty if it can."""
     reasons = [*LIMITS.why_not(call), *(_missing() if call.device == "cuda" else [])]
-    return reasons or failure(PACKAGE, MODULE)
+    return reasons or packages.failure(PACKAGE, MODULE)
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(LIMITS), *_missing()] or failure(PACKAGE, MODULE)
+    return [*why_not_here(LIMITS), *_missing()] or packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:
@@ -54,7 +54,7 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
 
 
 def _missing() -> list[str]:
-    version = version_of(PACKAGE)
+    version = packages.version_of(PACKAGE)
     if version is None:
-        return absence(PACKAGE, EXTRA)
-    return [] if at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]
+        return packages.absence(PACKAGE, EXTRA)
+    return [] if packages.at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

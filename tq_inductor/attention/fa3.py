@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from . import packages
 from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import HeadDims, Limits
 from .machine import why_not_here
-from .packages import absence, at_least, failure, version_of
 
 EXTRA = "fa3"
 HEAD_DIMS = HeadDims(pairs=((192, 128),), values_of_small_keys=512)
@@ -48,7 +48,7 @@ BUILDS = (
 
 def installed() -> Build | None:
     """The first build that is here."""
-    return next((build for build in BUILDS if version_of(build.package) is not None), None)
+    return next((build for build in BUILDS if packages.version_of(build.package) is not None), None)
 
 
 def why_not(call: AttentionCall) -> list[str]:
@@ -98,12 +98,12 @@ def _op() -> Callable[..., tuple[torch.Tensor, ...]]:
 
 def _missing(build: Build | None) -> list[str]:
     if build is None:
-        return absence(BUILDS[-1].package, EXTRA)
-    version = version_of(build.package)
-    if version is not None and not at_least(version, build.oldest):
+        return packages.absence(BUILDS[-1].package, EXTRA)
+    version = packages.version_of(build.package)
+    if version is not None and not packages.at_least(version, build.oldest):
         return [f"{build.package} {version} (needs {build.oldest} or newer)"]
     return []
 
 
 def _failure(build: Build | None) -> list[str]:
-    return failure(build.package, build.module) if build else []
+    return packages.failure(build.package, build.module) if build else []

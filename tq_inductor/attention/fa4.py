@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from . import packages
 from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
 from .limits import Capability, HeadDims, Limits
 from .machine import why_not_here
-from .packages import absence, at_least, failure, version_of
 
 PACKAGE, MODULE, EXTRA = "flash-attn-4", "flash_attn.cute.interface", "fa4"
 OLDEST = "4.0.0b36"
@@ -46,12 +46,12 @@ def why_not(call: AttentionCall) -> list[str]:
         ):
             reasons.append(f"head_dim=256 with sinks or softcap on {call.architecture}")
         reasons += _missing()
-    return reasons or failure(PACKAGE, MODULE)
+    return reasons or packages.failure(PACKAGE, MODULE)
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(limits_of(None)), *_missing()] or failure(PACKAGE, MODULE)
+    return [*why_not_here(limits_of(None)), *_missing()] or packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:
@@ -86,7 +86,7 @@ def _only(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def _missing() -> list[str]:
-    version = version_of(PACKAGE)
+    version = packages.version_of(PACKAGE)
     if version is None:
-        return absence(PACKAGE, EXTRA)
-    return [] if at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]
+        return packages.absence(PACKAGE, EXTRA)
+    return [] if packages.at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from . import packages
 from .arguments import DenseArguments
 from .call import MAX_DECODE_QUERIES, AttentionCall, Window
 from .limits import HeadDims, Limits
 from .machine import why_not_here
-from .packages import absence, at_least, failure, version_of
 
 log = logging.getLogger("tq_inductor.attention")
 
@@ -39,7 +39,7 @@ FA3 = Limits(
 
 def fa2_limits(version: str) -> Limits:
     """Of the fa2 kernel."""
-    sizes = (64, 128, 256, 512) if at_least(version, WIDE_HEADS) else (64, 128, 256)
+    sizes = (64, 128, 256, 512) if packages.at_least(version, WIDE_HEADS) else (64, 128, 256)
     return replace(
         FA3, only=(), head_dims=HeadDims(only=sizes, pairs=PAIRS), kv_bytes=("e4m3", "e5m2", "nvfp4")
     )
@@ -47,7 +47,7 @@ def fa2_limits(version: str) -> Limits:
 
 def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why it cannot run a call; empty if it can."""
-    version = version_of(PACKAGE)
+    version = packages.version_of(PACKAGE)
     reasons = fa2_limits(version or OLDEST).why_not(call)
     if call.device == "cuda":
         if call.kv_bytes and call.head_dim == 512 and (call.capability or HOPPER) < (10, 0):
@@ -59,12 +59,12 @@ def why_not(call: AttentionCall) -> list[str]:
         if call.varlen:
             reasons.append("ragged lengths lie on the device, plan() needs them on the host")
         reasons += _missing()
-    return reasons or failure(PACKAGE, MODULE)
+    return reasons or packages.failure(PACKAGE, MODULE)
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(fa2_limits(OLDEST)), *_missing()] or failure(PACKAGE, MODULE)
+    return [*why_not_here(fa2_limits(OLDEST)), *_missing()] or packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:
@@ -143,7 +143,7 @@ def planned(
 
 
 def _missing() -> list[str]:
-    version = version_of(PACKAGE)
+    version = packages.version_of(PACKAGE)
     if version is None:
-        return absence(PACKAGE, EXTRA)
-    return [] if at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]
+        return packages.absence(PACKAGE, EXTRA)
+    return [] if packages.at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

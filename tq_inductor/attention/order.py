@@ -40,6 +40,13 @@ class Order:
         """All backends that are tried."""
         return tuple(dict.fromkeys(("turboquant", *self.first, *LAST)))
 
+    def describe(self) -> str:
+        """What it is for, in words."""
+        limits = [f"{self.phase or 'anything'} {'/'.join(self.masks)}".rstrip()]
+        limits += [f"head_dim<={self.widest_head}"] if self.widest_head else []
+        limits += [f"q_len>={self.fewest_queries}"] if self.fewest_queries else []
+        return ", ".join(limits)
+
     def fits(self, call: AttentionCall) -> bool:
         """Whether this row is for a call."""
         major = call.capability[0] if call.capability and call.device == "cuda" else None
@@ -82,6 +89,11 @@ def mask_kind(call: AttentionCall) -> str:
     if call.window == (None, None):
         return FULL
     return CAUSAL if call.alignment == "equal" and call.window == (None, 0) else BAND
+
+
+def orders_of(capability: tuple[int, int] | None) -> list[Order]:
+    """The rows for a GPU, or for none."""
+    return [order for order in ORDERS if not order.majors or (capability and capability[0] in order.majors)]
 
 
 def order_for(call: AttentionCall) -> tuple[str, ...]:
