@@ -95,14 +95,16 @@ def _is_growing(value: Any) -> bool:
 
 
 def _computed_from(inputs: set[fx.Node], graph: fx.Graph) -> dict[fx.Node, None]:
-    """All that is computed from nothing but these inputs, in order; nothing that writes."""
+    """What is computed from these inputs alone, in order, until shapes are fixed; nothing that writes."""
     found: dict[fx.Node, None] = {}
+    growing = set(inputs)
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or written(node):
             continue
-        sources = node.all_input_nodes
-        if sources and all(source in inputs or source in found for source in sources):
+        if node.all_input_nodes and all(source in growing for source in node.all_input_nodes):
             found[node] = None
+            if not isinstance(value_of(node), torch.Tensor) or _is_growing(value_of(node)):
+                growing.add(node)
     return found
 
 

@@ -19,8 +19,12 @@ def llama():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def generate(model, mask, ids, device="cpu"):
-    cache = TurboQuantCache(model.config, 64, max_batch_size=2, device=device, dtype=torch.float32)
+def make_cache(model, device="cpu"):
+    return TurboQuantCache(model.config, 64, max_batch_size=2, device=device, dtype=torch.float32)
+
+
+def generate(model, mask, ids, cache=None):
+    cache = cache or make_cache(model)
     return model.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
     )
@@ -33,25 +37,27 @@ def padded_batch(device="cpu"):
     return mask, ids
 
 
-def test_decode_graphs_of_generate_get_fixed_shapes_only():
+def test_decode_graphs_of_generate_get_fixed_shapes_only(monkeypatch):
     model, batch = llama(), padded_batch()
     expected = generate(model, *batch)
-    shapes = []
+    graphs = []
 
-    def backend(gm, example_inputs):
-        split = split_growing_inputs(gm, example_inputs)
-        if split is None:
-            shapes.append(None)
-            return gm.forward
-        assert split.gm._param_name_to_source is gm._param_name_to_source  # or no input counts as static
-        assert all(hasattr(n, "_dynamo_source") for n in split.gm.graph.find_nodes(op="placeholder"))
-        shapes.append(any(not isinstance(x, torch.Tensor) for x in split.example_inputs))
-        return lambda *args: split.gm(*split.inputs_from(args))
+    def inductor(gm, example_inputs, options):
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        cudagraphs = options["triton.cudagraphs"]
+        if cudagraphs:  # or no input counts as static
+            assert gm._param_name_to_source
+            assert all(hasattr(node, "_dynamo_source") for node in placeholders)
+        fixed = all(isinstance(size, int) for x in example_inputs for size in getattr(x, "shape", [x]))
+        graphs.append((cudagraphs, fixed, len(placeholders) == len(example_inputs)))
+        return gm.forward
 
+    monkeypatch.setattr(torch._inductor, "compile", inductor)
     torch._dynamo.reset()
-    model.compile(backend=backend)
-    assert torch.equal(generate(model, *batch), expected)
-    assert shapes == [None, False]  # prefill, all steps
+    model.compile(backend="turboquant", mode="reduce-overhead")
+    for _ in range(2):
+        assert torch.equal(generate(model, *batch), expected)
+    assert graphs == [(False, True, True), (True, True, True)]  # prefill, all steps
 
 
 def splits(f, *args):
@@ -90,7 +96,8 @@ def test_generate_replays_one_cuda_graph():
     from torch._inductor.cudagraph_trees import CUDAGraphNode
 
     model, batch = llama().cuda(), padded_batch("cuda")
-    expected = generate(model, *batch, device="cuda")
+    caches = [make_cache(model, "cuda") for _ in range(3)]
+    expected = generate(model, *batch, caches[0])
     recorded = []
     original = CUDAGraphNode._record
 
@@ -102,10 +109,12 @@ def test_generate_replays_one_cuda_graph():
     model.compile(backend="turboquant", mode="reduce-overhead")
     CUDAGraphNode._record = record
     try:
-        assert torch.equal(generate(model, *batch, device="cuda"), expected)
-        count = len(recorded)
-        assert count <= 2  # the first step, all others
-        assert torch.equal(generate(model, *batch, device="cuda"), expected)
-        assert len(recorded) == count
+        assert torch.equal(generate(model, *batch, caches[1]), expected)
+        assert len(recorded) == 1  # after a step without a graph
+        caches[1].reset()
+        assert torch.equal(generate(model, *batch, caches[1]), expected)
+        assert len(recorded) == 1
+        assert torch.equal(generate(model, *batch, caches[2]), expected)
+        assert len(recorded) == 2  # other memory
     finally:
         CUDAGraphNode._record = original
