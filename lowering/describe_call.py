@@ -10,6 +10,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attention.call import MAX_DECODE_QUERIES, AttentionCall
+from ..attention.machine import rocm_architecture
+from .aligned_window import NOT_SAID, aligned_window
 from .find_calls import SDPANode, static_size, value_of
 from .kv_source import COMPUTED_HERE, PackedSource, origin_of
 from .mask_form import MaskForm, is_plain_causal, name_of, static_end
@@ -47,6 +49,7 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
     mask = value_of(sdpa.attn_mask)
     kv_source = _source_name(found, writes)
     cuda = q.device.type == "cuda" and torch.version.cuda
+    alignment, window = aligned_window(form, q.shape[-2], k.shape[-2]) if form else NOT_SAID
     return AttentionCall(
         batch_size=static_size(q, -4),
         q_len=static_size(q, -2),
@@ -58,14 +61,18 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         dtype=out.dtype,
         device=q.device.type,
         capability=torch.cuda.get_device_capability(q.device) if cuda else None,
+        rocm=rocm_architecture(q.device) if q.device.type == "cuda" else None,
         mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
         visible=_words(found),
         bounded=form is not None and _is_bounded(found, form) and visibility.can_build(sdpa, form),
         interval=form is not None and _is_interval(found, form) and visibility.can_build(sdpa, form),
         is_causal=sdpa.is_causal is not False,
+        alignment=alignment,
+        window=window,
         dropout=sdpa.dropout_p,
         sinks=sdpa.sinks is not None,
         softcap=sdpa.softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         needs_grad=out.requires_grad,  # of q, k, v, a mask or sinks, where gradients are enabled
         kv_format=source.kv_format if source else None,
         kv_source=kv_source,

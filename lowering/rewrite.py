@@ -2,7 +2,7 @@
 
     tq_store -> tq_dequantize -> (repeat_kv) -> scaled_dot_product_attention   ->   tq_append_attend
                 tq_dequantize -> (repeat_kv) -> scaled_dot_product_attention   ->   tq_decode
-                                 (repeat_kv) -> scaled_dot_product_attention   ->   attend
+                                 (repeat_kv) -> scaled_dot_product_attention   ->   attend, dense_attn
                        mask ->   (repeat_kv) -> scaled_dot_product_attention   ->   the same, simpler
 
 A call that no backend can run exactly stays as it was.
@@ -18,7 +18,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from ..attention.select import select
+from ..attention.call import AttentionCall
+from ..attention.select import BY_NAME, AttentionBackend, select
 from ..report import CallRow, Report, row_of
 from .beyond_sdpa import find_calls_beyond_sdpa
 from .describe_call import Found, describe, has_four_dimensions
@@ -77,6 +78,8 @@ class _Rewriter:
             self._read_packed(found)
         elif choice.backend == "triton":
             self._attend(found, choice.backend)
+        elif choice.backend in BY_NAME and BY_NAME[choice.backend].attend:
+            self._attend_dense(found, call, BY_NAME[choice.backend])
         elif choice.backend == "sdpa":
             row = row.with_rewritten(self._simplify(found) or sdpa.spelled_otherwise)
         return row
@@ -104,6 +107,15 @@ class _Rewriter:
         mask, bounds = self._visible(found)
         args = (sdpa.query, found.key, found.value, mask, bounds, sdpa.sinks, _scale_of(sdpa), backend)
         self._replace(sdpa, OPS.attend.default, args)
+        _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
+
+    def _attend_dense(self, found: Found, call: AttentionCall, backend: AttentionBackend) -> None:
+        sdpa = found.sdpa
+        mask = None if call.plain else sdpa.attn_mask
+        back, ahead = (-1 if side is None else side for side in call.window)
+        how = (call.alignment, back, ahead, call.softcap, _scale_of(sdpa), backend.name)
+        args = (sdpa.query, found.key, found.value, mask, None, sdpa.sinks, *how)
+        self._replace(sdpa, OPS.dense_attn.default, args)
         _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
 
     def _read_packed(self, found: Found) -> None:

@@ -238,8 +238,10 @@ def outcome(row: CallRow) -> str:
 
 
 def explanation(row: CallRow) -> str:
-    """A footnote: what was found, and unless the call has a backend of ours the reasons against each."""
+    """A footnote: what was found, and unless the call has a backend of ours the reasons against each,
+    other than those which need a GPU."""
     why = row.not_chosen if row.backend in LEFT else {}
+    why = {name: reasons for name, reasons in why.items() if reasons != ["device cpu (needs cuda)"]}
     found = f"Mask: {row.mask}; keys and values: {row.kv_source}."
     return " ".join([found, *(f"Not {name}: {'; '.join(reasons)}." for name, reasons in why.items())])
 

@@ -34,7 +34,7 @@ from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.varlen import varlen_attention
 
-from tq_inductor import codec, reference
+from tq_inductor import codec, reference, reference_attention
 from tq_inductor.beside import NOTHING, Beside
 from tq_inductor.format import KVFormat, format_names, round_up
 from tq_inductor.rotation import rotation_matrix
@@ -618,7 +618,7 @@ def float64_attention(q, k, v, mask, bounds, sinks, scale) -> torch.Tensor:
 
 
 def check_varlen(case: Ragged, device: str) -> None:
-    """`reference.varlen_attention` in float32 inside, from float64 inputs where it matters."""
+    """`reference_attention.varlen_attention` in float32 inside, from float64 inputs where it matters."""
     tokens_q, tokens_k = sum(case.q_lens) + 3, sum(case.k_lens) + 3  # three that no sequence has
     q = torch.randn(case.heads, tokens_q, case.dim).to(device, case.dtype).transpose(0, 1)
     k = torch.randn(tokens_k, case.kv_heads, case.dim).to(device, case.dtype)
@@ -633,7 +633,7 @@ def check_varlen(case: Ragged, device: str) -> None:
         actual = varlen_attention(q, k, v, *starts, *sizes)
     assert actual.dtype == case.dtype
     inputs = (x.cpu().float() for x in (q, k, v))
-    expected = reference.varlen_attention(*inputs, *(x.cpu() for x in starts), *sizes)
+    expected = reference_attention.varlen_attention(*inputs, *(x.cpu() for x in starts), *sizes)
     assert_close(actual, expected.double(), case.dtype, roundings=2)  # the weights, the result
 
 

@@ -14,6 +14,10 @@ def test_doctor(capsys):
     out = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in out
     assert "turboquant" in out
+    assert "flash-attn-4 -" in out
+    if not torch.cuda.is_available():
+        assert "fa4          no: no CUDA device; flash-attn-4 is not installed (pip install" in out
+        assert "anything" in out
 
 
 def test_unknown_format(capsys):

@@ -29,16 +29,32 @@ MAY_IMPORT = {
     "format": ["errors"],
     "codec": ["codebook", "format"],
     "reference": ["beside", "codec", "format"],
+    "reference_attention": ["attention.arguments", "attention.call", "reference"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
     "kernels.*": ["kernels.bits", "beside", "codebook", "format"],
-    "ops": ["beside", "format"],
+    "ops": ["attention.*", "beside", "format"],
     "storage": ["beside", "errors", "format", "ops", "rotation"],
     "cache": ["cache_layers", "errors", "format", "storage"],
     "cache_layers": ["format", "storage"],
     "attention": [],
     "attention.call": [],
     "attention.select": ["attention.*", "errors"],
-    "attention.*": ["attention.call", "attention.own_kernels", "errors"],
+    "attention.limits": ["attention.call"],
+    "attention.arguments": ["attention.call"],
+    "attention.order": ["attention.call"],
+    "attention.machine": ["attention.limits"],
+    "attention.packages": [],
+    "attention.own_kernels": ["attention.call"],
+    # A backend knows itself, never another.
+    "attention.*": [
+        "attention.arguments",
+        "attention.call",
+        "attention.limits",
+        "attention.machine",
+        "attention.own_kernels",
+        "attention.packages",
+        "errors",
+    ],
     "report": ["attention.*"],
     "options": ["attention.*", "errors"],
     "lowering.*": ["lowering.*", "attention.*", "format", "ops", "report", "storage"],
@@ -52,7 +68,7 @@ MAY_IMPORT = {
     "plot": ["errors"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
-MAY_IMPORT_LATE = {"ops": ["reference", "kernels.*"]}
+MAY_IMPORT_LATE = {"ops": ["reference", "reference_attention", "kernels.*"]}
 
 # Who may import these distributions at all, and who when loaded (others: inside a function). The
 # compiler works without Hugging Face, and registering the ops needs no Triton.

@@ -7,10 +7,11 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .attention.order import orders_of
+from .attention.packages import version_of
 from .attention.select import attention_backends
 from .errors import FormatError, UnsupportedModelError, UsageError
 from .format import KVFormat
@@ -26,6 +27,7 @@ SAMPLING = {
     "min_p": (float, "sample among tokens at least this probable, relative to the most probable"),
     "repetition_penalty": (float, "above 1: repeat less"),
 }
+PACKAGES = ("fa3-fwd", "flash-attn-3", "flash-attn-4", "flash-attn", "flashinfer-python")
 
 
 def doctor() -> None:
@@ -34,19 +36,24 @@ def doctor() -> None:
 
     print(f"python {platform.python_version()}, {platform.platform()}")
     for package in ("tq_inductor", "torch", "triton", "transformers"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} is not installed")
+        print(f"{package} {version_of(package) or 'is not installed'}")
+    optional = {package: version_of(package) for package in PACKAGES}
+    print(", ".join(f"{package} {version or '-'}" for package, version in optional.items()))
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         gigabytes = properties.total_memory / 2**30
         print(f"cuda:{i} {properties.name}, sm{properties.major}{properties.minor}, {gigabytes:.0f} GiB")
     if not torch.cuda.is_available():
         print("no CUDA device: attention over packed caches runs the plain torch implementation")
-    print("\nattention backends, in order of preference")
+    print("\nattention backends")
     for name, availability in attention_backends().items():
         print(f"  {name:12} {'yes' if availability else 'no: ' + '; '.join(availability.reasons)}")
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    print(
+        "\nin order of preference (docs/attention-backends.md; 'band': causal with an offset, or a window)"
+    )
+    for order in orders_of(capability):
+        print(f"  {order.describe():44} {', '.join(order.names)}")
 
 
 def kv_format_name(name: str) -> str:

@@ -22,8 +22,12 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   what they hold and when a store changes them); absent for a lossless format.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
   `bounds`; `backend` names the attention backend.
+- `dense_attn`: q, k and v as for `attend`, by the attention backend named `backend`. What is visible is
+  said by `attn_mask`, or by `alignment` and `window_back`, `window_ahead` (-1: no limit): see
+  `AttentionCall`. `alibi_slopes` float `[H]`: a slope times `key - query` is added to a score.
 - `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
-  `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right.
+  `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right. Tokens
+  after the last sequence give zeros. `backend` names the attention backend.
 
 A query without a visible key gives zeros.
 """
@@ -32,6 +36,8 @@ from __future__ import annotations
 
 import torch
 
+from .attention.arguments import DenseArguments, VarlenArguments
+from .attention.select import BY_NAME
 from .beside import Beside
 from .format import KVFormat
 
@@ -55,8 +61,11 @@ for _schema in (
     f" {_BESIDE_WRITTEN}) -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks, float scale,"
     " str backend) -> Tensor",
+    "dense_attn(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks,"
+    " str alignment, int window_back, int window_ahead, float? softcap, float scale, str backend)"
+    " -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> Tensor",
+    ' int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, str backend="triton") -> Tensor',
     "tq_refuse_backward(Tensor grad) -> Tensor",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -277,6 +286,48 @@ def _attend_fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _dense_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alignment: str,
+    window_back: int,
+    window_ahead: int,
+    softcap: float | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    window = tuple(None if side < 0 else side for side in (window_back, window_ahead))
+    x = DenseArguments(q, k, v, attn_mask, alibi_slopes, sinks, alignment, window, softcap, scale)  # type: ignore[arg-type]
+    attend = BY_NAME[backend].attend
+    if not q.is_cuda:
+        from .reference_attention import dense_attention as attend
+    if attend is None:
+        raise ValueError(f"attention backend {backend!r} has another op")
+    return attend(x).contiguous().transpose(1, 2)
+
+
+def _dense_attn_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alignment: str,
+    window_back: int,
+    window_ahead: int,
+    softcap: float | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    batch, heads, q_len, _ = q.shape
+    return q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+
+
 def _varlen_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -287,14 +338,19 @@ def _varlen_attn(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    backend: str = "triton",
 ) -> torch.Tensor:
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale)
+    if q.is_cuda and backend != "triton":
+        varlen = BY_NAME[backend].varlen
+        if varlen is None:
+            raise ValueError(f"attention backend {backend!r} takes no ragged sequences")
+        return varlen(VarlenArguments(*args))
     if q.is_cuda:
         from .kernels.varlen import varlen_attention
     else:
-        from .reference import varlen_attention
-    return varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale
-    )
+        from .reference_attention import varlen_attention
+    return varlen_attention(*args)
 
 
 def _varlen_attn_fake(
@@ -307,6 +363,7 @@ def _varlen_attn_fake(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    backend: str = "triton",
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
@@ -328,6 +385,7 @@ for _name, _impl, _fake in (
     ("tq_decode", _tq_decode, _tq_decode_fake),
     ("tq_append_attend", _tq_append_attend, _tq_append_attend_fake),
     ("attend", _attend, _attend_fake),
+    ("dense_attn", _dense_attn, _dense_attn_fake),
     ("varlen_attn", _varlen_attn, _varlen_attn_fake),
     ("tq_refuse_backward", _tq_refuse_backward, _tq_refuse_backward_fake),
 ):
@@ -340,5 +398,5 @@ def _backward_refused(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tens
     torch.ops.tq_inductor.tq_refuse_backward(grad)
 
 
-for _name in ("tq_decode", "attend", "varlen_attn"):
+for _name in ("tq_decode", "attend", "dense_attn", "varlen_attn"):
     torch.library.register_autograd(f"tq_inductor::{_name}", _backward_refused, lib=_lib)

@@ -1,9 +1,9 @@
 """Store, dequantize and attend in plain torch: the specification of the packed cache.
 
-Every kernel is tested against this file, and it is what runs on a CPU. `store`, `dequantize`, `decode`,
-`attend` and `varlen_attention` take the arguments of the kernels' launchers of those names; `ops` says
-what they mean. Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `P` pages, `L` tokens
-of a page, `D` head dimension.
+Every kernel is tested against this file, and it is what runs on a CPU. `store`, `dequantize`, `decode`
+and `attend` take the arguments of the kernels' launchers of those names; `ops` says what they mean.
+Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `P` pages, `L` tokens of a page, `D`
+head dimension.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ def attention(
     scale: float,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention, in the dtype of its inputs (float64 for an oracle).
 
@@ -176,6 +177,7 @@ def attention(
         visible: bool, broadcastable to `[B, H, q, L]`. A row that sees nothing gives zeros.
         bias: added to the scaled scores, broadcastable likewise.
         sinks: `[H]`, a score per head that takes part in the softmax and has no value.
+        softcap: scaled scores s become `softcap * tanh(s / softcap)`, before the bias.
 
     Returns:
         `[B, H, q, Dv]`.
@@ -183,6 +185,8 @@ def attention(
     kv_heads = k.shape[1]
     grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, group * q, D]: no head is copied
     scores = (grouped @ k.transpose(-1, -2) * scale).view(*q.shape[:-1], -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -298,32 +302,3 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         return out.contiguous()
     return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
-
-
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def varlen_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool,
-    scale: float,
-) -> torch.Tensor:
-    """Ragged attention: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]` -> `[Tq, H, Dv]`."""
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(starts_q) - 1):
-        rows, keys = slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])
-        q_len, k_len = rows.stop - rows.start, keys.stop - keys.start
-        if not q_len or not k_len:
-            continue
-        seen = torch.arange(q_len)[:, None] + k_len - q_len if is_causal else torch.tensor(k_len)
-        visible = torch.arange(k_len) <= seen
-        new_q, new_k, new_v = (
-            x.transpose(0, 1)[None].to(torch.float32) for x in (q[rows], k[keys], v[keys])
-        )
-        out[rows] = attention(new_q, new_k, new_v, visible, scale)[0].transpose(0, 1).to(q.dtype)
-    return out

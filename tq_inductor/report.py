@@ -116,18 +116,18 @@ class Report:
         return "\n".join(lines)
 
     def _reasons(self) -> list[tuple[str, str, str]]:
-        """Reasons against better backends than the chosen one, alike calls told once."""
+        """Reasons against other backends than the chosen one; alike calls, and alike reasons, told once."""
         told: dict[tuple[str, str], list[CallRow]] = {}
         for row in self.left:
             for backend, reasons in row.not_chosen.items():
                 told.setdefault((backend, "; ".join(reasons)), []).append(row)
-        lines = []
+        alike: dict[tuple[str, str], list[str]] = {}
         for (backend, why), rows in told.items():
             place = f"{rows[0].module} ({rows[0].source})"
             if len(rows) > 1:
                 place += f" and {len(rows) - 1} more"
-            lines.append((place, backend, why))
-        return lines
+            alike.setdefault((place, why), []).append(backend)
+        return [(place, ", ".join(backends), why) for (place, why), backends in alike.items()]
 
     def to_json(self) -> str:
         """All rows as a JSON list."""

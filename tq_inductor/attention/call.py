@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_DECODE_QUERIES = 16  # tokens of a decode step, speculative ones included
+Window = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,22 @@ class AttentionCall:
         interval: whether the mask is wholly an interval of keys per query and a mask over keys, and more
             than plain causal.
         is_causal: SDPA's flag, which aligns query 0 with key 0 (top-left).
+        alignment: if `window` says all of the mask, or all but ALiBi: where query i stands among the keys,
+            "top-left" (at key i), "bottom-right" (at key `i + kv_len - q_len`), or "equal" where these are
+            the same; otherwise "".
+        window: how many keys before and after its own place a query sees; None: no limit on that side.
+            `(None, 0)` is causal, `(255, 0)` causal with a sliding window of 256 keys.
         dropout: probability.
         sinks: whether one more score per head, without a value, takes part in the softmax.
         softcap: scores s become `softcap * tanh(s / softcap)` before the mask, if not None.
+        alibi: whether a float mask is ALiBi, slopes of which are known, beside `alignment` and `window`.
         needs_grad: whether a backward may follow.
+        deterministic: whether PyTorch's deterministic algorithms are asked for.
+        varlen: whether the sequences are ragged, one behind the other, with `cu_seqlens`.
+        page_size: tokens of a page, where k and v are pages behind a block table; None if they are not.
+        kv_bytes: the format of k and v where that is not `dtype`: "e4m3", "e5m2", "nvfp4", a format of
+            ours, or "undeclared" for bytes of which nobody said what they are.
+        rocm: architecture of a ROCm device, e.g. "gfx942".
         kv_format: the format of the packed cache that k and v are read from; None if they are not.
         kv_source: where k and v come from, in words.
         cached: whether k and v hold tokens of earlier steps; False if all is computed in this graph.
@@ -54,10 +67,18 @@ class AttentionCall:
     bounded: bool = False
     interval: bool = False
     is_causal: bool = False
+    alignment: str = ""
+    window: Window = (None, None)
     dropout: float = 0.0
     sinks: bool = False
     softcap: float | None = None
+    alibi: bool = False
     needs_grad: bool = False
+    deterministic: bool = False
+    varlen: bool = False
+    page_size: int | None = None
+    kv_bytes: str = ""
+    rocm: str | None = None
     kv_format: str | None = None
     kv_source: str = "computed here"
     cached: bool = True
@@ -70,6 +91,17 @@ class AttentionCall:
         few = self.q_len is not None and self.q_len <= MAX_DECODE_QUERIES
         return "decode" if few and self.cached and self.kv_len != self.q_len else "prefill"
 
+    @property
+    def plain(self) -> bool:
+        """Whether `alignment` and `window` say which keys are visible, so that no mask is needed."""
+        flags = bool(self.alignment) and not self.alibi
+        return flags or (self.mask == "none" and not self.is_causal)
+
+    @property
+    def architecture(self) -> str:
+        """E.g. "sm90" or "gfx942"; "" on a device that has none."""
+        return "sm{}{}".format(*self.capability) if self.capability else self.rocm or ""
+
     def describe(self) -> str:
         """Shapes and dtype in one line."""
 
@@ -78,7 +110,5 @@ class AttentionCall:
 
         query = sizes(self.batch_size, self.num_heads, self.q_len, self.head_dim)
         key = sizes(self.batch_size, self.num_kv_heads, self.kv_len, self.head_dim)
-        where = self.device
-        if self.capability:
-            where += f" sm{self.capability[0]}{self.capability[1]}"
+        where = f"{self.device} {self.architecture}".rstrip()
         return f"q={query} kv={key} {str(self.dtype).removeprefix('torch.')} {where}"

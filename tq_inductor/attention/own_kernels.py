@@ -26,6 +26,10 @@ def limits(call: AttentionCall) -> list[str]:
         reasons.append(f"dtype {call.dtype} (supported: {', '.join(map(str, DTYPES))})")
     if call.device not in ("cpu", "cuda"):
         reasons.append(f"device {call.device} (supported: cpu, cuda)")
+    if call.page_size is not None:
+        reasons.append(f"pages of {call.page_size} tokens: our kernels take none")
+    if call.kv_bytes:
+        reasons.append(f"keys and values are {call.kv_bytes} bytes (our kernels take a packed cache's)")
     if call.capability is not None and call.capability < LOWEST_CAPABILITY:
         reasons.append(f"compute capability {call.capability} (needs at least {LOWEST_CAPABILITY})")
     return reasons

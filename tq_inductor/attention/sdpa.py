@@ -7,12 +7,16 @@ from .call import AttentionCall
 
 def why_not(call: AttentionCall) -> list[str]:
     """What `scaled_dot_product_attention` has no argument for; empty if nothing."""
-    reasons = []
-    if call.sinks:
-        reasons.append("attention sinks: scaled_dot_product_attention has none")
-    if call.softcap is not None:
-        reasons.append(f"softcap={call.softcap}: scaled_dot_product_attention has none")
-    return reasons
+    asked = {
+        "attention sinks": call.sinks,
+        f"softcap={call.softcap}": call.softcap is not None,
+        "ragged sequences (cu_seqlens)": call.varlen,
+        f"pages of {call.page_size} tokens": call.page_size is not None,
+        f"keys and values of {call.kv_bytes} bytes": bool(call.kv_bytes),
+    }
+    return [
+        f"{what}: scaled_dot_product_attention has none" for what, asked_for in asked.items() if asked_for
+    ]
 
 
 def unavailable() -> list[str]:

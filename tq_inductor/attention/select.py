@@ -1,4 +1,4 @@
-"""The attention backends in order of preference, and the choice among them."""
+"""The attention backends, and the choice among them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import NoAttentionBackendError, OptionError
-from . import own_kernels, sdpa, triton, turboquant
+from . import cudnn, fa2, fa3, fa4, flashinfer, flex, own_kernels, sdpa, torch_flash, triton, turboquant
+from .arguments import DenseArguments, VarlenArguments
 from .call import AttentionCall
+from .order import order_for
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,36 @@ class AttentionBackend:
         name: as in `options={"attention": name}`.
         why_not: reasons, with values, why it cannot run a call; empty if it can.
         unavailable: reasons why it can run nothing on this machine.
+        attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
+        varlen: computes what the op `varlen_attn` is called with; None if it cannot, or by another way.
     """
 
     name: str
     why_not: Callable[[AttentionCall], list[str]]
     unavailable: Callable[[], list[str]]
+    attend: Callable[[DenseArguments], torch.Tensor] | None = None
+    varlen: Callable[[VarlenArguments], torch.Tensor] | None = None
 
 
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
     AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
+    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.attend, fa3.varlen),
+    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.attend, fa4.varlen),
+    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.attend, fa2.varlen),
+    AttentionBackend("flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.attend),
+    AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, cudnn.attend),
+    AttentionBackend(
+        "torch_flash",
+        torch_flash.why_not,
+        torch_flash.unavailable,
+        torch_flash.attend,
+        torch_flash.varlen,
+    ),
     AttentionBackend("sdpa", sdpa.why_not, sdpa.unavailable),
+    AttentionBackend("flex", flex.why_not, flex.unavailable, flex.attend),
 )
+BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,7 @@ class Choice:
 
 
 def attention_backends() -> dict[str, Availability]:
-    """Name -> availability with reasons, for this machine, in order of preference."""
+    """Name -> availability with reasons, for this machine."""
     found = {b.name: tuple(b.unavailable()) for b in BACKENDS}
     return {name: Availability(not reasons, reasons) for name, reasons in found.items()}
 
@@ -72,7 +94,7 @@ def check_backend_name(name: object) -> str:
 
 
 def select(call: AttentionCall, requested: str = "auto") -> Choice:
-    """The first backend that can run `call`, or the requested one; "none" if none can.
+    """The first backend of the call's order that can run it, or the requested one; "none" if none can.
 
     Raises:
         NoAttentionBackendError: the requested backend cannot run it; lists its reasons.
@@ -88,10 +110,18 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
             )
         chosen = requested
     else:
-        chosen = next((name for name, why in reasons.items() if not why), "none")
+        chosen = next((name for name in order_for(call) if not reasons[name]), "none")
     not_chosen = {
-        name: why or [f"{chosen} was asked for" if requested != "auto" else f"{chosen} is preferred"]
+        name: why or [_passed_over(name, chosen, requested, call)]
         for name, why in reasons.items()
         if name != chosen
     }
     return Choice(chosen, not_chosen)
+
+
+def _passed_over(name: str, chosen: str, requested: str, call: AttentionCall) -> str:
+    """Why a backend that could run the call does not."""
+    if requested != "auto":
+        return f"{chosen} was asked for"
+    listed = name in order_for(call)
+    return f"{chosen} is preferred" if listed else "only if asked for by name (see attention/order.py)"

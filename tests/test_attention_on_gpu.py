@@ -1,0 +1,220 @@
+"""Each attention backend on a GPU: what it says it can, it computes; what it says it cannot is true."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+from tq_inductor.lowering.rewrite import rewrite
+
+import tq_inductor.ops  # noqa: F401
+from tq_inductor.attention.arguments import DenseArguments
+from tq_inductor.attention.call import AttentionCall
+from tq_inductor.attention.select import BACKENDS, BY_NAME
+from tq_inductor.compiler import turboquant
+from tq_inductor.reference import attention
+from tq_inductor.reference_attention import visible_window
+
+pytestmark = pytest.mark.gpu
+OPS = torch.ops.tq_inductor
+DENSE = [b.name for b in BACKENDS if b.attend and b.name != "flashinfer"]  # see test_flashinfer
+FULL, CAUSAL = (None, None), (None, 0)
+
+
+def described(batch, q_len, kv_len, heads, kv_heads, dim, v_dim, alignment, window, dtype=torch.bfloat16):
+    capability = torch.cuda.get_device_capability()
+    return AttentionCall(
+        batch, q_len, kv_len, heads, kv_heads, dim, v_dim, dtype, "cuda", capability,
+        mask="none" if window == FULL else "bool", alignment=alignment, window=window,
+    )  # fmt: skip
+
+
+CALLS = {
+    "causal": (2, 200, 200, 8, 2, 128, 128, "equal", CAUSAL),
+    "full": (2, 200, 200, 8, 2, 64, 64, "equal", FULL),
+    "fewer queries": (1, 77, 300, 8, 1, 128, 128, "bottom-right", CAUSAL),
+    "fewer queries, top-left": (1, 77, 300, 8, 1, 128, 128, "top-left", CAUSAL),
+    "MHA, D=256": (2, 130, 130, 4, 4, 256, 256, "equal", CAUSAL),
+    "one query": (3, 1, 1000, 8, 2, 128, 128, "equal", FULL),
+    "four queries": (3, 4, 1000, 8, 2, 64, 64, "bottom-right", CAUSAL),
+    "window": (1, 300, 300, 8, 2, 128, 128, "equal", (63, 0)),
+    "window, fewer queries": (1, 100, 300, 8, 2, 64, 64, "bottom-right", (63, 0)),
+    "window on both sides": (1, 300, 300, 4, 4, 64, 64, "equal", (40, 40)),
+    "cross-attention": (2, 50, 77, 4, 4, 64, 64, "equal", FULL),
+    "values of 128": (1, 128, 128, 4, 4, 192, 128, "equal", CAUSAL),
+    "D=512": (1, 64, 64, 4, 2, 512, 512, "equal", CAUSAL),
+}
+
+
+def tensors_for(call):
+    shapes = (
+        (call.batch_size, call.q_len, call.num_heads, call.head_dim),
+        (call.batch_size, call.kv_len, call.num_kv_heads, call.head_dim),
+        (call.batch_size, call.kv_len, call.num_kv_heads, call.v_head_dim),
+    )
+    return [torch.randn(s, dtype=call.dtype, device="cuda").transpose(1, 2) for s in shapes]
+
+
+def run(name, call, q, k, v, softcap=None, sinks=None, mask=None):
+    back, ahead = (-1 if side is None else side for side in call.window)
+    scale = call.head_dim**-0.5
+    how = (call.alignment, back, ahead, softcap, scale)
+    return OPS.dense_attn(q, k, v, mask, None, sinks, *how, name)
+
+
+def expected(call, q, k, v, softcap=None, sinks=None):
+    visible = visible_window(call.q_len, call.kv_len, call.alignment, call.window)
+    wide = [x.double().cpu() for x in (q, k, v)]
+    sinks = None if sinks is None else sinks.double().cpu()
+    return attention(*wide, visible, call.head_dim**-0.5, None, sinks, softcap)
+
+
+def ready(name, call):
+    reasons = BY_NAME[name].why_not(call)
+    if reasons:
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+
+
+@pytest.mark.parametrize("what", CALLS)
+@pytest.mark.parametrize("name", DENSE)
+def test_what_it_says_it_can_it_computes(name, what):
+    call = described(*CALLS[what])
+    ready(name, call)
+    q, k, v = tensors_for(call)
+    out = run(name, call, q, k, v)
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(out.double().cpu(), expected(call, q, k, v), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_tensors_that_lie_otherwise(name):
+    call = described(*CALLS["causal"])
+    ready(name, call)
+    q, k, v = tensors_for(call)
+    k = k.contiguous()  # as a cache: head by head
+    v = torch.cat((v, v), -1)[..., 1 : 1 + call.v_head_dim]  # no multiple of 16 bytes
+    q = q[:1].expand(2, -1, -1, -1)
+    torch.testing.assert_close(
+        run(name, call, q, k, v).double().cpu(), expected(call, q, k, v), atol=2e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_softcap_and_sinks(name):
+    call = described(*CALLS["causal"])
+    q, k, v = tensors_for(call)
+    capped, sinking = dataclasses.replace(call, softcap=5.0), dataclasses.replace(call, sinks=True)
+    ready(name, capped)
+    got = run(name, capped, q, k, v, softcap=5.0)
+    torch.testing.assert_close(got.double().cpu(), expected(call, q, k, v, 5.0), atol=2e-2, rtol=2e-2)
+    ready(name, sinking)
+    sinks = torch.randn(call.num_heads, device="cuda")
+    got = run(name, sinking, q, k, v, sinks=sinks)
+    torch.testing.assert_close(
+        got.double().cpu(), expected(call, q, k, v, None, sinks), atol=2e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
+def test_ragged(name, causal):
+    call = dataclasses.replace(described(*CALLS["causal"]), varlen=True)
+    ready(name, call)
+    lens_q, lens_k = [30, 1, 0, 64, 5], [30, 90, 7, 64, 0]
+    cu_q, cu_k = (torch.tensor([0, *x], device="cuda").cumsum(0).int() for x in (lens_q, lens_k))
+    q = torch.randn(104, 8, 128, dtype=call.dtype, device="cuda")  # 4 tokens more
+    k, v = (torch.randn(191, 2, 128, dtype=call.dtype, device="cuda") for _ in range(2))
+    args = (cu_q, cu_k, 64, 90, causal, 0.1)
+    got = OPS.varlen_attn(q, k, v, *args, name).float().cpu()
+    want = OPS.varlen_attn(q.cpu(), k.cpu(), v.cpu(), *(x.cpu() for x in args[:2]), *args[2:]).float()
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+    assert got[100:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "changes"),
+    [
+        ("torch_flash", "D=512", {}),
+        ("torch_flash", "values of 128", {}),
+        ("torch_flash", "causal", {"dtype": torch.float32}),
+        ("cudnn", "causal", {"dtype": torch.float32}),
+        ("fa3", "window", {}),
+        ("fa3", "D=512", {}),
+        ("fa3", "causal", {"dtype": torch.float16}),
+        ("fa4", "D=512", {}),
+        ("fa4", "causal", {"dtype": torch.float32}),
+    ],
+)
+def test_what_it_says_it_cannot_is_true(name, what, changes):
+    call = dataclasses.replace(described(*CALLS[what]), **changes)
+    if BY_NAME[name].unavailable():
+        pytest.skip("; ".join(BY_NAME[name].unavailable()))
+    assert BY_NAME[name].why_not(call)
+    q, k, v = tensors_for(call)
+    try:
+        got = run(name, call, q, k, v).double().cpu()
+    except Exception:
+        return
+    wrong = (got - expected(call, q, k, v)).abs().max()
+    assert not wrong < 0.1, "it gives the right result: why does it say that it cannot?"
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_named_backend_is_a_constant_of_the_graph_and_replays(name):
+    def f(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    call = described(*CALLS["causal"])
+    ready(name, call)
+    q, k, v = tensors_for(call)
+    seen = []
+
+    def backend(gm, example_inputs):
+        rows = rewrite(gm, {"prefill": name, "decode": "auto"}).rows
+        seen.extend((rows[0].backend, str(gm.graph)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(f, backend=backend)(q, k, v)
+        assert seen[0] == name
+        assert f", {name})" in seen[1]
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            f, backend=turboquant, options={"attention": {"prefill": name}, "triton.cudagraphs": True}
+        )
+        for _ in range(3):
+            out = compiled(q, k, v).clone()
+    torch.testing.assert_close(out.double().cpu(), expected(call, q, k, v), atol=2e-2, rtol=2e-2)
+
+
+def test_flex_takes_any_mask():
+    call = dataclasses.replace(described(*CALLS["cross-attention"]), mask="bool")
+    q, k, v = tensors_for(call)
+    mask = torch.rand(2, 1, 50, 77, device="cuda") < 0.5
+    mask[0, 0, 3] = False
+    got = run("flex", call, q, k, v, mask=mask)
+    want = DenseArguments(
+        *(x.cpu() for x in (q, k, v)), mask.cpu(), None, None, "", FULL, None, call.head_dim**-0.5
+    )
+    from tq_inductor.reference_attention import dense_attention
+
+    torch.testing.assert_close(
+        got.float().cpu(), dense_attention(want).transpose(1, 2).float(), atol=2e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize("what", ["causal", "one query", "D=512", "fewer queries"])
+def test_flashinfer(what):
+    """Its kernels compile for minutes: only those that a run before this one has left in its cache."""
+    call = described(*CALLS[what])
+    ready("flashinfer", call)
+    flashinfer = pytest.importorskip("flashinfer")
+    if not any(spec.is_compiled for spec in flashinfer.jit.jit_spec_registry.get_all_specs().values()):
+        pytest.skip("none of its kernels is compiled")
+    q, k, v = tensors_for(call)
+    torch.testing.assert_close(
+        run("flashinfer", call, q, k, v).double().cpu(), expected(call, q, k, v), atol=2e-2, rtol=2e-2
+    )
