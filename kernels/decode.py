@@ -18,6 +18,8 @@ by its largest magnitude, and the weights carry the value scales, divided by the
 Bytes: the packed rows and scales of visible slots, once per row block; partials stay in cache.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,7 @@ from .decode_reduce import LOG2_E, NO_MASK, load_mask, mask_arguments, reduce_sp
 from .decode_warp import attend_by_warps, sm_count, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
-CTAS_16_BIT = 6  # of a lossless cache: two waves of those that fit
+FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
 
 
 @triton.jit
@@ -257,6 +259,13 @@ def decode_split_kernel(
     tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
 
 
+@functools.cache
+def whole_waves(groups: int, tiles: int, slots: int) -> int:
+    """How many runs of `tiles` take the fewest: waves of programs, times tiles of a run and one."""
+    most = min(tiles, max(1, 4 * slots // groups))
+    return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
+
+
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """`x @ rotation` for x `[B, H, q, D]`, in float32."""
     batch, heads, tokens, dim = x.shape
@@ -365,8 +374,11 @@ def _launch(
     block_d = block_d if block_d <= largest else largest // 2
     block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
     programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
-    wanted = (CTAS_PER_SM if scales else CTAS_16_BIT) * sm_count(q.device) // (programs * kv_heads * batch)
-    splits = max(1, min(triton.cdiv(max_len, block_n), wanted))
+    groups, tiles = programs * kv_heads * batch, triton.cdiv(max_len, block_n)
+    if scales:
+        splits = max(1, min(tiles, CTAS_PER_SM * sm_count(q.device) // groups))
+    else:
+        splits = whole_waves(groups, tiles, FIT_16_BIT * sm_count(q.device))
 
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
