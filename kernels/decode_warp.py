@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, magnitude_words
+from .decode_exact import attend_exact
 
 # Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -279,13 +280,13 @@ def attend_tile(
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
-    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
-    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
-    K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    N: gl.constexpr,
+    q_ptr, q_scale_ptr, raw_q_ptr, cache_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr,
+    partial_ptr, log_ptr, cache_stride_b, cache_stride_h, lens_stride, from_stride, q_stride_b, q_stride_h,
+    q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, v_rows_offset, k_scales_offset,
+    v_scales_offset, rows, q_len, max_len, splits, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
+    K_LO: gl.constexpr, V_LO: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr,
+    V_DIM: gl.constexpr, HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -301,6 +302,15 @@ def warp_split_kernel(
     kv_head = gl.program_id(1).to(gl.int64)
     batch = gl.program_id(2).to(gl.int64)
     group = batch * gl.num_programs(1) + kv_head
+
+    if SINKS + RECENT > 0:
+        for exact_row in range(gl.program_id(0), rows, gl.num_programs(0)):
+            attend_exact(
+                raw_q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+                lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b,
+                bounds_stride_t, exact_row, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS,
+                RECENT, K_DIM, V_DIM,
+            )  # fmt: skip
 
     # A query row sees slots low .. high - 1; here, of packed tokens.
     row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
@@ -331,7 +341,7 @@ def warp_split_kernel(
     whole_from = gl.max(gl.where(valid, low, 0), axis=0)
     whole_to = gl.minimum(gl.min(gl.where(valid, high, max_len), axis=0), filled)
 
-    part = (group * rows + row) * splits + split
+    part = (group * rows + row) * (splits + (SINKS + RECENT > 0)) + split
     if first >= end:
         gl.store(log_ptr + part, gl.full([N], float("-inf"), gl.float32, COLUMNS), mask=valid)
         return
@@ -418,21 +428,24 @@ def best_splits(groups: int, tiles: int, slots: int) -> int:
 def warp_split(
     queries: torch.Tensor,
     factors: torch.Tensor,
+    q: torch.Tensor,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     bounds: torch.Tensor | None,
-    q_len: int,
     fmt: KVFormat,
     max_len: int,
+    scale: float,
     sms: int,
     beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial outputs [B, Hkv, row, split, Dv] and logarithms of their weights.
 
-    `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` multiprocessors
-    share the work.
+    The last is that of exact tokens, if any are kept. `queries` and `factors` are `rotate_queries`'s, the
+    others `reference.decode`'s; `sms` multiprocessors share the work.
     """
     batch, kv_heads, rows, dim = queries.shape
+    q_len = q.shape[2]
+    exact, exact_from = beside.exact, beside.exact_from
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
@@ -441,19 +454,19 @@ def warp_split(
     shared = TILE.value * fmt.slot_bytes
     warps = min(32, 65536 // 32 // registers, SHARED_BYTES // (shared + 1024))
     splits = best_splits(batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value), warps * sms)
-    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
-    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
+    shape = (batch, kv_heads, rows, splits + (exact is not None))
+    partial = torch.empty((*shape, dv), dtype=torch.float32, device=queries.device)
+    logs = torch.empty(shape, dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
-    exact_from = beside.exact_from
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
-        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
-        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
+        queries, factors, q, cache, seq_lens, q if exact is None else exact,
+        seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, partial, logs,
+        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
+        0 if exact_from is None else exact_from.expand(batch).stride(0), *q.stride(),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits, scale,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=magnitude_words(fmt.k_bits)[0],
         V_LO=magnitude_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, N=columns,
-        num_warps=1, maxnreg=registers,
+        HAS_BOUNDS=bounds is not None, N=columns, num_warps=1, maxnreg=registers,
     )  # fmt: skip
     return partial, logs

@@ -671,7 +671,7 @@ def record_launches() -> list[tuple]:
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
             queries, rotation = torch.zeros(2, 8, q_len, dim, dtype=BF16), rotations(case, "cpu")[0]
             rows = rotate_queries(queries, rotation, 2, 0.1)
-            warp_split(*rows, cache, lens, None, q_len, case.format, 4096, 132, empty_beside(case))
+            warp_split(*rows, queries, cache, lens, None, case.format, 4096, 0.1, 132, empty_beside(case))
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
