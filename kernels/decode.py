@@ -40,10 +40,11 @@ from .decode_reduce import (
     mask_arguments,
     reduce_splits,
 )
-from .decode_warp import can_convert_fp8, fits, warp_split
+from .decode_warp import warp_split
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 CPU_SMS = 2  # in the interpreter
+MOST_ROWS = 64  # for `decode_warp`: more are faster in one pass over the bytes than in several
 
 
 @triton.jit
@@ -279,6 +280,22 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         BLOCK_D=block_d, BLOCK_K=32, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def can_convert_fp8(device: torch.device) -> bool:
+    """Whether the GPU turns fp8 into float16 by an instruction."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fits(fmt: KVFormat, dtype: torch.dtype, rows: int) -> bool:
+    """Whether `decode_warp` takes this format, type of queries, and rows (of a KV head)."""
+    return (
+        {fmt.k_bits, fmt.v_bits} <= {2, 4, 8}
+        and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
+        and dtype in (torch.float16, torch.bfloat16)
+        and rows <= MOST_ROWS
+    )
 
 
 def decode(

@@ -34,7 +34,6 @@ from .decode_exact import attend_exact
 # Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
-MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 SHARED_BYTES = 227 << 10  # of a multiprocessor
 WEIGHT_BITS = gl.constexpr(15.0)
 CONVERT = "mov.b32 {{p, q}}, {x}; cvt.rn.f16x2.e4m3x2 {x}, p; mov.b32 {{${0}, ${1}}}, {x}; "
@@ -397,22 +396,6 @@ def warp_split_kernel(
         for t in gl.static_range(8 // V_BITS):
             x = acc[m * (8 // V_BITS) + t] * scale
             gl.store(out_ptr + (t * V_ROW + m * 16), x, mask=valid[None, :] & (value >= 0))
-
-
-def can_convert_fp8(device: torch.device) -> bool:
-    """Whether the GPU turns fp8 into float16 by an instruction."""
-    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def fits(fmt: KVFormat, dtype: torch.dtype, rows: int) -> bool:
-    """Whether `warp_split` takes this format, type of queries, and rows (of a KV head)."""
-    return (
-        {fmt.k_bits, fmt.v_bits} <= {2, 4, 8}
-        and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
-        and dtype in (torch.float16, torch.bfloat16)
-        and rows <= MOST_ROWS
-    )
 
 
 @functools.cache
