@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "format": ["errors"],
     "codec": ["codebook", "format"],
     "reference": ["beside", "codec", "format"],
+    "kernels.decode_warp": ["kernels.bits", "kernels.decode_exact", "beside", "format"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
     "kernels.*": ["kernels.bits", "beside", "codebook", "format"],
     "ops": ["beside", "format"],
