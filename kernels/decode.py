@@ -18,6 +18,8 @@ by its largest magnitude, and the weights carry the value scales, divided by the
 Bytes: the packed rows and scales of visible slots, once per row block; partials stay in cache.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -34,11 +36,18 @@ from .bits import (
     operand_dtype,
 )
 from .decode_query import rotate_queries
-from .decode_reduce import LOG2_E, NO_MASK, load_mask, mask_arguments, reduce_splits
+from .decode_reduce import (
+    LOG2_E,
+    NO_MASK,
+    attend_exact,
+    load_mask,
+    mask_arguments,
+    reduce_splits,
+)
 from .decode_warp import attend_by_warps, sm_count, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
-CTAS_16_BIT = 6  # of a lossless cache: two waves of those that fit
+FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
 
 
 @triton.jit
@@ -200,8 +209,10 @@ def decode_split_kernel(
     first_slot = begin + split * run
     end = tl.minimum(first_slot + run, end)
 
-    # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log.
-    part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * splits + split
+    # Partials are [batch, KV head, row, split], then one of exact tokens; the first block of value
+    # dimensions writes the log.
+    parts = splits + (SINKS + RECENT > 0)
+    part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * parts + split
     writes_log = valid & (dv_start == row * 0)  # one shape: Triton 3.9's interpreter wants it so
     if first_slot >= end:
         tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
@@ -255,6 +266,13 @@ def decode_split_kernel(
     mask = valid[:, None] & (dims < V_DIM)[None, :]
     tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
     tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
+
+
+@functools.cache
+def whole_waves(groups: int, tiles: int, slots: int) -> int:
+    """How many runs of `tiles` take the fewest: waves of programs, times tiles of a run and one."""
+    most = min(tiles, max(1, 4 * slots // groups))
+    return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -365,11 +383,15 @@ def _launch(
     block_d = block_d if block_d <= largest else largest // 2
     block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
     programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
-    wanted = (CTAS_PER_SM if scales else CTAS_16_BIT) * sm_count(q.device) // (programs * kv_heads * batch)
-    splits = max(1, min(triton.cdiv(max_len, block_n), wanted))
+    groups, tiles = programs * kv_heads * batch, triton.cdiv(max_len, block_n)
+    if scales:
+        splits = max(1, min(tiles, CTAS_PER_SM * sm_count(q.device) // groups))
+    else:
+        splits = whole_waves(groups, tiles, FIT_16_BIT * sm_count(q.device))
 
-    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
-    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
+    parts = splits + (beside.exact is not None)
+    partial = torch.empty((batch, kv_heads, rows, parts, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, kv_heads, rows, parts), dtype=torch.float32, device=q.device)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     k_bits, v_bits = (fmt.k_bits, fmt.v_bits) if scales and fmt else (16, 16)
     k_lo, k_hi = magnitude_words(k_bits)
@@ -393,6 +415,8 @@ def _launch(
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
         **early_launch(q.device),
     )  # fmt: skip
+    if beside.exact is not None and seq_lens is not None:
+        attend_exact(partial, logs, raw_q, seq_lens, attn_mask, bounds, max_len, scale, beside)
     reduce_splits(
         out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
         beside,

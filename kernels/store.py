@@ -123,7 +123,7 @@ def store_vectors(
     # A power of two: dividing by it is exact, and neither it nor its inverse overflows.
     exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = (254 - exponent << 23).to(tl.float32, bitcast=True)
+    inverse = (254 - exponent << 23).to(tl.float32, bitcast=True) + (largest - largest)  # NaN if infinite
 
     place = tl.arange(0, 8 * OCTANT) % OCTANT
     if DIM == 8 * OCTANT:  # a power of two: the rotation is its first column times the Hadamard matrix
@@ -151,9 +151,8 @@ def store_vectors(
     centroids = tl.where((place < EIGHTH)[None, :], centroids, 0.0)
     square = tl.maximum(tl.sum(centroids * centroids, axis=1), TINY)
     fit = tl.div_rn(tl.sum(y * centroids, axis=1), square)
-    fit = fit * unit + (largest - largest)  # NaN if the largest is infinite
     # A maximum may drop NaN; the fit never does.
-    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit)
+    scale = tl.where((largest < TINY) & (fit == fit), 0.0, fit * unit)
     tl.store(scale_ptr, scale.to(tl.bfloat16), mask=valid)
 
     codes = tl.reshape(codes, [VECTORS, 8, OCTANT])

@@ -175,15 +175,19 @@ def test_a_balance_of_pairs_commutes_with_rope():
     assert torch.allclose(before, schemes.rope(x, positions, THETA) @ balance, atol=1e-4)
 
 
-def test_the_harness_reads_what_a_turboquant_cache_read_in_chunks_gives(network):
-    ids = model.texts()[:2, : 3 * CHUNK]
-    reader = model.Reader(lists.packed("k4v4"), network, [])
+@pytest.mark.parametrize("parts", [[CHUNK] * 3, [CHUNK, *[1] * 60]], ids=["chunks", "tokens"])
+def test_the_harness_reads_what_a_turboquant_cache_gives(network, parts):
+    ids = model.texts()[:2, : sum(parts)]
+    # A chunk of queries has the exact tokens of its last one; one token at a time has all.
+    exact_tokens = (0, 0) if parts[1] == CHUNK else (4, 32)
+    reader = model.Reader(lists.cached("k4v4", *exact_tokens), network, [])
     found = model.log_probabilities(network, ids, quality_reader=reader)
     network.config._attn_implementation = "sdpa"
     try:
-        cache = TurboQuantCache(network.config, 512, kv_format="k4v4", device="cpu")
+        given = dict(zip(("sink_tokens", "recent_tokens"), exact_tokens, strict=True))
+        cache = TurboQuantCache(network.config, 512, kv_format="k4v4", device="cpu", **given)
         with torch.no_grad():
-            chunks = [network(part, past_key_values=cache).logits for part in ids.split(CHUNK, 1)]
+            chunks = [network(part, past_key_values=cache).logits for part in ids.split(parts, 1)]
     finally:
         network.config._attn_implementation = "quality"
     expected = torch.cat(chunks, 1).log_softmax(-1)

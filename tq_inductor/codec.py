@@ -31,7 +31,7 @@ def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[
     largest = x.abs().amax(-1, keepdim=True)
     unit = ((largest.view(torch.int32) >> 23).clamp(1, 253) << 23).view(torch.float32)
     tiny = torch.finfo(torch.float32).tiny
-    y = (x / unit) @ rotation
+    y = (x / (unit + (largest - largest))) @ rotation  # NaN if the largest is infinite
     rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
     if bits == 8:
         grid = (y * (FP8_UNIT / rms)).clamp(-FP8_MAX, FP8_MAX).nan_to_num(0.0)
@@ -43,8 +43,7 @@ def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[
         codes = (codes | ((y < 0).long() << (bits - 1))).to(torch.uint8)
     centroids = centroids_of(codes, bits)
     fit = (y * centroids).sum(-1) / centroids.square().sum(-1).clamp(min=tiny)
-    fit = fit * unit[..., 0] + (largest - largest)[..., 0]  # NaN if the largest is infinite
-    scales = torch.where(largest[..., 0] < tiny, 0.0, fit)
+    scales = torch.where(largest[..., 0] < tiny, 0.0, fit * unit[..., 0])
     return codes, scales.to(SCALE_DTYPE)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tq_inductor.cache import RECENT_TOKENS, SINK_TOKENS
+
 from .schemes import Scheme
 
 EXACT = Scheme("exact", "exact", "exact")
@@ -14,10 +16,19 @@ def packed(name: str) -> Scheme:
     return Scheme(name, name[1], name[3])
 
 
+def cached(name: str, sinks: int = SINK_TOKENS, recent: int = RECENT_TOKENS) -> Scheme:
+    """A `TurboQuantCache` of a format as it is, read token by token."""
+    given = "" if recent == RECENT_TOKENS else f", recent_tokens={recent}"
+    options = {"sinks": sinks, "recent": recent, "cache": name}
+    return Scheme(f"TurboQuantCache {name}{given}", name[1], name[3], **options)
+
+
+CACHES = (*map(cached, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")), cached("k2v2", recent=128))
 FORMATS = (
     Scheme("bf16", "bf16", "bf16"),
     Scheme("fp8", "fp8", "fp8"),
     *map(packed, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")),
+    *CACHES,
     Scheme("vLLM k8v4", "fp8", "minmax4"),
     Scheme("vLLM 4bit_nc", "vllm4", "minmax4"),
     Scheme("vLLM k3v4_nc", "vllm3", "minmax4"),

@@ -27,6 +27,7 @@ from .schemes import (
     in_frame,
     key_shift,
     second_moment,
+    through_cache,
     value_shift,
 )
 
@@ -100,6 +101,8 @@ class Reader:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer's cache gives for keys and values `[B, Hkv, L, D]`."""
         scheme = self.scheme.in_layer(attention.layer_idx, len(self.layers))
+        if scheme.cache:
+            return through_cache(scheme.cache, k, v, FIRST_CHUNK)
         k_balance, v_balance = self.balances[attention.layer_idx]
         shift = key_shift(scheme.k_shift, k, self._bias(attention), self.theta)
         k_read = in_frame(k, CODES[scheme.k], shift, k_balance)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tq_inductor import PackedKVCache
+
 from .codes import CODES, Code
 
 FIRST_CHUNK = 128  # tokens that means are taken from and that prefill sees unquantised
@@ -33,6 +35,7 @@ class Scheme:
             and "weights", can be folded into the model's weights and costs nothing at run time.
         sinks, recent: tokens at the beginning and at the end that every query sees in 16 bits.
         ends: first and last layers that keep keys and values in 8 bits.
+        cache: the format of a real cache of the package, which then takes the place of codes and shift.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Scheme:
     sinks: int = 0
     recent: int = 0
     ends: int = 0
+    cache: str = ""
 
     def in_layer(self, layer: int, layers: int) -> Scheme:
         """The scheme of one of `layers` layers."""
@@ -68,6 +72,19 @@ def in_frame(
     if balance is not None:
         y = y @ torch.linalg.inv(balance)
     return y + shift
+
+
+def through_cache(
+    name: str, k: torch.Tensor, v: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the package's cache of format `name` gives back of k and v `[B, H, L, D]` from its packed bytes.
+
+    It takes `chunk` tokens first, from which it takes its mean.
+    """
+    batch, heads, length, dim = k.shape
+    cache = PackedKVCache(batch, heads, dim, length, kv_format=name, dtype=torch.float32, device="cpu")
+    read = cache.update(k[:, :, :chunk], v[:, :, :chunk])
+    return cache.update(k[:, :, chunk:], v[:, :, chunk:]) if chunk < length else read
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from .codes import CODES
 from .metrics import kl_divergence
-from .schemes import Scheme, balance_matrix, in_frame, key_shift, rope, second_moment
+from .schemes import Scheme, balance_matrix, in_frame, key_shift, rope, second_moment, through_cache
 
 HEAD_DIM = 128
 TOKENS = 4096
@@ -99,8 +99,14 @@ def figures(scheme: Scheme, data: Draw, reference: torch.Tensor, v: torch.Tensor
     seen = data.other_k - key_shift(scheme.k_shift, data.other_k, data.bias, THETA)
     moments = second_moment(data.other_q), second_moment(seen)
     balance = balance_matrix(scheme.k_balance, *moments)
-    shift = key_shift(scheme.k_shift, data.k, data.bias, THETA)
-    found = attention(data.q, in_frame(data.k, CODES[scheme.k], shift, balance))
+    if scheme.cache:
+        k, v = through_cache(scheme.cache, data.k, data.v, TOKENS)
+        for span in (slice(scheme.sinks), slice(TOKENS - scheme.recent, None)):
+            k[:, :, span], v[:, :, span] = data.k[:, :, span], data.v[:, :, span]
+    else:
+        shift = key_shift(scheme.k_shift, data.k, data.bias, THETA)
+        k = in_frame(data.k, CODES[scheme.k], shift, balance)
+    found = attention(data.q, k)
     exact_out = reference.exp() @ data.v.double()
     error = (found.exp() @ v.double() - exact_out).square().sum() / exact_out.square().sum()
     return {
