@@ -303,28 +303,26 @@ def warp_split_kernel(
     group = batch * gl.num_programs(1) + kv_head
 
     if SINKS + RECENT > 0:
-        for exact_row in range(gl.program_id(0), rows, gl.num_programs(0)):
-            attend_exact(
-                raw_q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
-                lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b,
-                bounds_stride_t, exact_row, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS,
-                RECENT, K_DIM, V_DIM,
-            )  # fmt: skip
+        attend_exact(
+            raw_q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+            lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b,
+            bounds_stride_t, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS, RECENT, K_DIM,
+            V_DIM,
+        )  # fmt: skip
 
     # A query row sees slots low .. high - 1; here, of packed tokens.
     row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
     valid = row < rows
     token = row // HEADS
     seq_len = gl.load(seq_lens_ptr + batch * lens_stride)
+    filled = gl.minimum(seq_len, max_len).to(gl.int32)
     if HAS_BOUNDS:
         bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
         low = gl.maximum(gl.load(bounds_ptr, mask=valid, other=0), 0)
-        high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
+        high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), filled)
     else:
         low = token * 0
-        high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
-    filled = gl.minimum(seq_len, max_len).to(gl.int32)
-    high = gl.minimum(high, filled)
+        high = gl.minimum(seq_len - q_len + token + 1, filled).to(gl.int32)
     if SINKS + RECENT > 0:
         first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
         low = gl.maximum(low, SINKS)
@@ -427,25 +425,22 @@ def warp_split(
     others `reference.decode`'s; `sms` multiprocessors share the work.
     """
     batch, kv_heads, rows, dim = queries.shape
-    q_len = q.shape[2]
-    exact, exact_from = beside.exact, beside.exact_from
-    dv = fmt.v_head_dim
+    dv, q_len, exact, exact_from = fmt.v_head_dim, q.shape[2], beside.exact, beside.exact_from
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
     # Queries and sums live in registers: a lane has 1/32 of them, queries two to a register.
     registers = min(255, 80 + columns * (dim // 2 + dv) // 32)
-    shared = TILE.value * fmt.slot_bytes
-    warps = min(32, 65536 // 32 // registers, SHARED_BYTES // (shared + 1024))
+    warps = min(32, 65536 // 32 // registers, SHARED_BYTES // (TILE.value * fmt.slot_bytes + 1024))
     splits = best_splits(batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value), warps * sms)
     shape = (batch, kv_heads, rows, splits + (exact is not None))
     partial = torch.empty((*shape, dv), dtype=torch.float32, device=queries.device)
     logs = torch.empty(shape, dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    lens_strides = [0 if x is None else x.expand(batch).stride(0) for x in (seq_lens, exact_from)]
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
         queries, factors, q, cache, seq_lens, q if exact is None else exact,
         seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, partial, logs,
-        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
-        0 if exact_from is None else exact_from.expand(batch).stride(0), *q.stride(),
+        *cache.stride()[:2], *lens_strides, *q.stride(),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits, scale,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=magnitude_words(fmt.k_bits)[0],
         V_LO=magnitude_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
