@@ -26,9 +26,9 @@ from .storage import check_room
 
 log = logging.getLogger("tq_inductor.cache")
 
+SINK_TOKENS, RECENT_TOKENS = 4, 32  # docs/quality.md has what they buy
 # Their ALiBi is as long as the 2-D mask, which says nothing of empty slots.
 BIASED_BY_TOKENS_HELD = ("bloom",)
-SINK_TOKENS, RECENT_TOKENS = 4, 32  # docs/quality.md has what they buy
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
 
 
