@@ -77,7 +77,9 @@ MATRIX = [
     # sizes of a head
     ("sm90", {"head_dim": 64, "v_head_dim": 64}, HOPPER),
     ("sm90", {"head_dim": 96, "v_head_dim": 96}, "fa3 fa4 fa2 cudnn torch_flash flex"),
-    ("sm90", {"head_dim": 100, "v_head_dim": 100}, ""),
+    ("sm90", {"head_dim": 100, "v_head_dim": 100}, "flex"),
+    ("sm90", {"head_dim": 8, "v_head_dim": 8}, "fa3 fa4 fa2 cudnn torch_flash"),
+    ("sm90", {"head_dim": 4, "v_head_dim": 4}, ""),
     ("sm90", {"head_dim": 256, "v_head_dim": 256}, HOPPER),
     ("sm80", {"head_dim": 256, "v_head_dim": 256}, "fa2 flashinfer torch_flash flex"),
     ("sm100", {"head_dim": 256, "v_head_dim": 256}, "fa4 fa2 flashinfer torch_flash flex"),
@@ -143,7 +145,7 @@ def test_the_capability_matrix(installed, where, facts, expected):
 
 # Each reason names the value that caused it.
 REASONS = [
-    ("fa4", {"head_dim": 512, "v_head_dim": 512}, "head_dim=512 (needs a multiple of 8 up to 256)"),
+    ("fa4", {"head_dim": 512, "v_head_dim": 512}, "head_dim=512 (needs a multiple of 8, 8 to 256)"),
     ("fa3", {"capability": (8, 0)}, "architecture sm80 (needs sm90)"),
     ("fa3", {"capability": None, "rocm": "gfx942"}, "architecture gfx942 (needs sm90)"),
     ("fa3", {"dtype": torch.float16}, "dtype float16 (needs bfloat16)"),
