@@ -22,15 +22,14 @@ def plain_tokens(
 
     Args:
         x: `[T, heads, D]`, or `[pages, page_size, heads, D]` with a block table.
-        kv_format: a name in `FP8`, of bytes or of a tensor of that fp8 dtype; None if `x` is of `dtype`.
+        kv_format: a name in `FP8`, of bytes or of a tensor of that fp8 dtype; None of 16 or 32 bits.
 
     Raises:
         ValueError: bytes of no declared or of another format; pages without a block table.
     """
-    if kv_format is None and x.dtype != dtype:
-        raise ValueError(
-            f"keys and values are {x.dtype}, queries {dtype}: say kv_format ({', '.join(FP8)})"
-        )
+    if kv_format is None and x.element_size() == 1:
+        names = ", ".join(FP8)
+        raise ValueError(f"keys and values are {x.dtype}, queries {dtype}: say kv_format ({names})")
     if kv_format is not None and kv_format not in FP8:
         raise ValueError(f"kv_format={kv_format!r} is none of {', '.join(FP8)}")
     if kv_format is not None and x.dtype not in (torch.uint8, FP8[kv_format]):
@@ -58,7 +57,7 @@ def without_pages(
     sequences, width = block_table.shape
     page_size = pages.shape[1]
     token = torch.arange(sequences * min(longest, width * page_size), device=pages.device)
-    row = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=sequences - 1)
+    row = torch.searchsorted(cu_seqlens[1:].long(), token, right=True).clamp(max=sequences - 1)
     place = token - cu_seqlens[row]
     page = block_table[row, (place // page_size).clamp(0, width - 1)].long()
     return pages[page.clamp(0, pages.shape[0] - 1), place % page_size]
