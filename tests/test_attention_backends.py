@@ -235,16 +235,28 @@ def package(monkeypatch, tmp_path):
 
 def test_a_package_that_lacks_something_is_a_reason(package):
     package("import nothing_of_this_name")
-    (reason,) = BY_NAME["fa2"].why_not(call())
-    assert reason == "flash-attn 2.8.3 cannot be imported: No module named 'nothing_of_this_name'"
-    assert select(call()).backend != "fa2"
+    reason = "flash-attn 2.8.3 cannot be imported: No module named 'nothing_of_this_name'"
+    assert BY_NAME["fa2"].why_not(call()) == []
+    assert BY_NAME["fa2"].broken() == [reason]
+    with pytest.raises(NoAttentionBackendError, match=reason):
+        select(call(), "fa2")
+    window = call(capability=(8, 0), alignment="equal", window=(255, 0), mask="bool")
+    choice = select(window)  # where fa2 would be the first
+    assert (choice.backend, choice.not_chosen["fa2"]) == ("torch_flash", [reason])
 
 
 def test_a_package_that_fails_surfaces(package):
     package("raise RuntimeError('built for another torch')")
+    window = call(capability=(8, 0), alignment="equal", window=(255, 0), mask="bool")
     with pytest.raises(RuntimeError, match="built for another torch"):
-        select(call())
-    assert BY_NAME["fa2"].why_not(call(device="cpu")) == ["device cpu (needs cuda)"]  # not imported
+        select(window)
+    assert BY_NAME["fa2"].why_not(call(device="cpu")) == ["device cpu (needs cuda)"]
+
+
+def test_only_what_is_chosen_is_imported(package):
+    package("raise RuntimeError('imported')")
+    assert select(call(**CAUSAL)).backend == "sdpa"
+    assert "flash_attn" not in sys.modules
 
 
 RECORDER = """

@@ -46,12 +46,17 @@ def why_not(call: AttentionCall) -> list[str]:
         ):
             reasons.append(f"head_dim=256 with sinks or softcap on {call.architecture}")
         reasons += _missing()
-    return reasons or packages.failure(PACKAGE, MODULE)
+    return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(limits_of(None)), *_missing()] or packages.failure(PACKAGE, MODULE)
+    return [*why_not_here(limits_of(None)), *_missing()]
+
+
+def broken() -> list[str]:
+    """Why the installed package cannot be used, if it cannot; imports it."""
+    return packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:
