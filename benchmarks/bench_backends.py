@@ -182,7 +182,7 @@ def ways(case: Case, tensors: list[torch.Tensor], without: Sequence[str]) -> dic
         run = backend.varlen if case.ragged else backend.attend
         if run is None or backend.name in without:
             continue
-        if reasons := backend.why_not(call):
+        if reasons := backend.why_not(call) or backend.broken():
             print(f"    not {backend.name}: {'; '.join(reasons)}")
         elif case.ragged:
             found[backend.name] = lambda name=backend.name: OPS.varlen_attn(*args, name)

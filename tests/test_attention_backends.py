@@ -77,7 +77,9 @@ MATRIX = [
     # sizes of a head
     ("sm90", {"head_dim": 64, "v_head_dim": 64}, HOPPER),
     ("sm90", {"head_dim": 96, "v_head_dim": 96}, "fa3 fa4 fa2 cudnn torch_flash flex"),
-    ("sm90", {"head_dim": 100, "v_head_dim": 100}, ""),
+    ("sm90", {"head_dim": 100, "v_head_dim": 100}, "flex"),
+    ("sm90", {"head_dim": 8, "v_head_dim": 8}, "fa3 fa4 fa2 cudnn torch_flash"),
+    ("sm90", {"head_dim": 4, "v_head_dim": 4}, ""),
     ("sm90", {"head_dim": 256, "v_head_dim": 256}, HOPPER),
     ("sm80", {"head_dim": 256, "v_head_dim": 256}, "fa2 flashinfer torch_flash flex"),
     ("sm100", {"head_dim": 256, "v_head_dim": 256}, "fa4 fa2 flashinfer torch_flash flex"),
@@ -143,7 +145,7 @@ def test_the_capability_matrix(installed, where, facts, expected):
 
 # Each reason names the value that caused it.
 REASONS = [
-    ("fa4", {"head_dim": 512, "v_head_dim": 512}, "head_dim=512 (needs a multiple of 8 up to 256)"),
+    ("fa4", {"head_dim": 512, "v_head_dim": 512}, "head_dim=512 (needs a multiple of 8, 8 to 256)"),
     ("fa3", {"capability": (8, 0)}, "architecture sm80 (needs sm90)"),
     ("fa3", {"capability": None, "rocm": "gfx942"}, "architecture gfx942 (needs sm90)"),
     ("fa3", {"dtype": torch.float16}, "dtype float16 (needs bfloat16)"),
@@ -233,16 +235,28 @@ def package(monkeypatch, tmp_path):
 
 def test_a_package_that_lacks_something_is_a_reason(package):
     package("import nothing_of_this_name")
-    (reason,) = BY_NAME["fa2"].why_not(call())
-    assert reason == "flash-attn 2.8.3 cannot be imported: No module named 'nothing_of_this_name'"
-    assert select(call()).backend != "fa2"
+    reason = "flash-attn 2.8.3 cannot be imported: No module named 'nothing_of_this_name'"
+    assert BY_NAME["fa2"].why_not(call()) == []
+    assert BY_NAME["fa2"].broken() == [reason]
+    with pytest.raises(NoAttentionBackendError, match=reason):
+        select(call(), "fa2")
+    window = call(capability=(8, 0), alignment="equal", window=(255, 0), mask="bool")
+    choice = select(window)  # where fa2 would be the first
+    assert (choice.backend, choice.not_chosen["fa2"]) == ("torch_flash", [reason])
 
 
 def test_a_package_that_fails_surfaces(package):
     package("raise RuntimeError('built for another torch')")
+    window = call(capability=(8, 0), alignment="equal", window=(255, 0), mask="bool")
     with pytest.raises(RuntimeError, match="built for another torch"):
-        select(call())
-    assert BY_NAME["fa2"].why_not(call(device="cpu")) == ["device cpu (needs cuda)"]  # not imported
+        select(window)
+    assert BY_NAME["fa2"].why_not(call(device="cpu")) == ["device cpu (needs cuda)"]
+
+
+def test_only_what_is_chosen_is_imported(package):
+    package("raise RuntimeError('imported')")
+    assert select(call(**CAUSAL)).backend == "sdpa"
+    assert "flash_attn" not in sys.modules
 
 
 RECORDER = """

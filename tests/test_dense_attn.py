@@ -50,6 +50,20 @@ def test_backends_of_other_ops_are_refused_on_a_gpu_only():
     assert OPS.dense_attn(q, k, v, None, None, None, "equal", -1, 0, None, 0.25, "triton").shape == q.shape
 
 
+def test_reports_tell_alike_reasons_once():
+    reports = []
+
+    def backend(gm, example_inputs):
+        reports.append(rewrite(gm, dict.fromkeys(("prefill", "decode"), "auto")))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(sdpa, backend=backend)(*qkv(9, 9))
+    assert ": not fa3, fa4, fa2, flashinfer, cudnn, torch_flash, flex: device cpu (needs cuda)" in str(
+        reports[0]
+    )
+
+
 @pytest.fixture
 def willing(monkeypatch):
     """`flex` says that it can run any call that is described to it as on an H200."""

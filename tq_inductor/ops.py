@@ -27,7 +27,9 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   `AttentionCall`. `alibi_slopes` float `[H]`: a slope times `key - query` is added to a score.
 - `varlen_attn`: q `[Tq, H, D]`, k `[Tk, Hkv, D]`, v `[Tk, Hkv, Dv]`; `cu_seqlens` int32
   `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right. Tokens
-  after the last sequence give zeros. `backend` names the attention backend.
+  after the last sequence give zeros. `backend` names the attention backend. `kv_format` "e4m3" or "e5m2": k
+  and v are such bytes, and numbers times `k_scale` and `v_scale`. `block_table` int32 `[sequences, n]`: k
+  and v are pages `[pages, page_size, Hkv, D]`, and these those of each sequence.
 
 A query without a visible key gives zeros.
 """
@@ -39,6 +41,7 @@ import torch
 from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
 from .beside import Beside
+from .foreign_kv import plain_tokens
 from .format import KVFormat
 
 _lib = torch.library.Library("tq_inductor", "DEF")
@@ -65,7 +68,8 @@ for _schema in (
     " str alignment, int window_back, int window_ahead, float? softcap, float scale, str backend)"
     " -> Tensor",
     "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    ' int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, str backend="triton") -> Tensor',
+    ' int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, str backend="triton",'
+    " str? kv_format=None, float k_scale=1., float v_scale=1., Tensor? block_table=None) -> Tensor",
     "tq_refuse_backward(Tensor grad) -> Tensor",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -311,18 +315,7 @@ def _dense_attn(
 
 
 def _dense_attn_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    alignment: str,
-    window_back: int,
-    window_ahead: int,
-    softcap: float | None,
-    scale: float,
-    backend: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
     batch, heads, q_len, _ = q.shape
     return q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
@@ -339,31 +332,31 @@ def _varlen_attn(
     is_causal: bool,
     scale: float,
     backend: str = "triton",
+    kv_format: str | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale)
+    stored = (q.dtype, kv_format, cu_seqlens_k, block_table, max_seqlen_k)
+    k, v = plain_tokens(k, *stored), plain_tokens(v, *stored)
+    sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    x = VarlenArguments(q, k, v, *sizes, is_causal, scale * k_scale)
     if q.is_cuda and backend != "triton":
         varlen = BY_NAME[backend].varlen
         if varlen is None:
             raise ValueError(f"attention backend {backend!r} takes no ragged sequences")
-        return varlen(VarlenArguments(*args))
-    if q.is_cuda:
-        from .kernels.varlen import varlen_attention
+        out = varlen(x)
     else:
-        from .reference_attention import varlen_attention
-    return varlen_attention(*args)
+        if q.is_cuda:
+            from .kernels.varlen import varlen_attention
+        else:
+            from .reference_attention import varlen_attention
+        out = varlen_attention(q, k, v, *sizes, is_causal, scale * k_scale)
+    return out if v_scale == 1.0 else out * v_scale
 
 
 def _varlen_attn_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool,
-    scale: float,
-    backend: str = "triton",
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 

@@ -21,7 +21,7 @@ def limits_of(capability: tuple[int, int] | None, cudnn: int) -> Limits:
     highest = next((size for first, size in wide if cudnn >= first), 128)
     return Limits(
         highest=(12, 1),
-        head_dims=HeadDims(highest, any_pair=True),
+        head_dims=HeadDims(highest=highest, any_pair=True),
         alignment="top-left",
         window=False,
         varlen=False,

@@ -18,12 +18,17 @@ LIMITS = Limits(softcap=True, alibi=True, page_multiple=256)
 def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why it cannot run a call; empty if it can."""
     reasons = [*LIMITS.why_not(call), *(_missing() if call.device == "cuda" else [])]
-    return reasons or packages.failure(PACKAGE, MODULE)
+    return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(LIMITS), *_missing()] or packages.failure(PACKAGE, MODULE)
+    return [*why_not_here(LIMITS), *_missing()]
+
+
+def broken() -> list[str]:
+    """Why the installed package cannot be used, if it cannot; imports it."""
+    return packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:

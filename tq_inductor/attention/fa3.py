@@ -57,13 +57,19 @@ def why_not(call: AttentionCall) -> list[str]:
     reasons = (build or BUILDS[-1]).limits.why_not(call)
     if call.device == "cuda":
         reasons += _missing(build)
-    return reasons or _failure(build)
+    return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
     build = installed()
-    return [*why_not_here((build or BUILDS[-1]).limits), *_missing(build)] or _failure(build)
+    return [*why_not_here((build or BUILDS[-1]).limits), *_missing(build)]
+
+
+def broken() -> list[str]:
+    """Why the installed package cannot be used, if it cannot; imports it, which registers its op."""
+    build = installed()
+    return packages.failure(build.package, build.module) if build else []
 
 
 def attend(x: DenseArguments) -> torch.Tensor:
@@ -91,7 +97,7 @@ def _op() -> Callable[..., tuple[torch.Tensor, ...]]:
     """The op of the build that is here, by keyword only."""
     build = installed()
     assert build is not None, "why_not() was not asked"
-    if reasons := _failure(build):  # the import registers the op
+    if reasons := broken():
         raise ImportError(*reasons)
     return getattr(torch.ops, build.namespace).fwd  # type: ignore[no-any-return]
 
@@ -103,7 +109,3 @@ def _missing(build: Build | None) -> list[str]:
     if version is not None and not packages.at_least(version, build.oldest):
         return [f"{build.package} {version} (needs {build.oldest} or newer)"]
     return []
-
-
-def _failure(build: Build | None) -> list[str]:
-    return packages.failure(build.package, build.module) if build else []

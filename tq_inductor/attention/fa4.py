@@ -16,8 +16,8 @@ from .machine import why_not_here
 PACKAGE, MODULE, EXTRA = "flash-attn-4", "flash_attn.cute.interface", "fa4"
 OLDEST = "4.0.0b36"
 HEAD_DIMS = {  # major capability -> sizes of a head
-    9: HeadDims(256, any_pair=True),
-    10: HeadDims(128, pairs=((192, 128), (256, 256), (64, 512), (512, 512)), any_pair=True),
+    9: HeadDims(highest=256, any_pair=True),
+    10: HeadDims(highest=128, pairs=((192, 128), (256, 256), (64, 512), (512, 512)), any_pair=True),
 }
 PAGED = (9, 10)
 BLACKWELL = ((10, 0), (10, 3), (11, 0))
@@ -28,7 +28,7 @@ def limits_of(capability: Capability | None) -> Limits:
     major = capability[0] if capability else 0
     major = 10 if major == 11 else major
     return Limits(
-        head_dims=HEAD_DIMS.get(major, HeadDims(128)),
+        head_dims=HEAD_DIMS.get(major, HeadDims(highest=128)),
         softcap=True,
         sinks=True,
         page_multiple=1 if major in PAGED else None,
@@ -46,12 +46,17 @@ def why_not(call: AttentionCall) -> list[str]:
         ):
             reasons.append(f"head_dim=256 with sinks or softcap on {call.architecture}")
         reasons += _missing()
-    return reasons or packages.failure(PACKAGE, MODULE)
+    return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(limits_of(None)), *_missing()] or packages.failure(PACKAGE, MODULE)
+    return [*why_not_here(limits_of(None)), *_missing()]
+
+
+def broken() -> list[str]:
+    """Why the installed package cannot be used, if it cannot; imports it."""
+    return packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:

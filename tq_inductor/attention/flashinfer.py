@@ -59,12 +59,17 @@ def why_not(call: AttentionCall) -> list[str]:
         if call.varlen:
             reasons.append("ragged lengths lie on the device, plan() needs them on the host")
         reasons += _missing()
-    return reasons or packages.failure(PACKAGE, MODULE)
+    return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(fa2_limits(OLDEST)), *_missing()] or packages.failure(PACKAGE, MODULE)
+    return [*why_not_here(fa2_limits(OLDEST)), *_missing()]
+
+
+def broken() -> list[str]:
+    """Why the installed package cannot be used, if it cannot; imports it."""
+    return packages.failure(PACKAGE, MODULE)
 
 
 def attend(x: DenseArguments) -> torch.Tensor:

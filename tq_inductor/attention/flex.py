@@ -19,7 +19,7 @@ from .machine import why_not_here
 LIMITS = Limits(
     rocm=("gfx90a", "gfx942", "gfx950"),
     dtypes=(*SIXTEEN_BITS, torch.float32),
-    head_dims=HeadDims(256, any_pair=True),
+    head_dims=HeadDims(lowest=16, multiple=1, any_pair=True),
     alignment="",
     masks=("bool", "float"),
     softcap=True,

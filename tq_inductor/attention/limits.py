@@ -17,7 +17,7 @@ class HeadDims:
     """Sizes of a head: of queries and keys, and of values.
 
     Attributes:
-        highest: the largest size.
+        lowest, highest: the smallest and the largest size.
         multiple: of what a size has to be a multiple.
         only: the sizes that there are, if not all up to `highest`.
         pairs: sizes of (keys, values) that may differ.
@@ -25,6 +25,7 @@ class HeadDims:
         any_pair: whether all sizes may be paired.
     """
 
+    lowest: int = 8
     highest: int = 256
     multiple: int = 8
     only: tuple[int, ...] = ()
@@ -46,10 +47,9 @@ class HeadDims:
         for size in dict.fromkeys((keys, values)):
             if self.only and size not in self.only:
                 reasons.append(f"head_dim={size} (needs one of {', '.join(map(str, self.only))})")
-            elif not self.only and (size > self.highest or size % self.multiple):
-                reasons.append(
-                    f"head_dim={size} (needs a multiple of {self.multiple} up to {self.highest})"
-                )
+            elif not self.only and (not self.lowest <= size <= self.highest or size % self.multiple):
+                needs = f"a multiple of {self.multiple}, {self.lowest} to {self.highest}"
+                reasons.append(f"head_dim={size} (needs {needs})")
         return reasons
 
 

@@ -23,6 +23,8 @@ class AttentionBackend:
         name: as in `options={"attention": name}`.
         why_not: reasons, with values, why it cannot run a call; empty if it can.
         unavailable: reasons why it can run nothing on this machine.
+        broken: reasons why what is installed cannot be used; it imports a package, so it is asked only of
+            the one that is about to be chosen.
         attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
         varlen: computes what the op `varlen_attn` is called with; None if it cannot, or by another way.
     """
@@ -30,6 +32,7 @@ class AttentionBackend:
     name: str
     why_not: Callable[[AttentionCall], list[str]]
     unavailable: Callable[[], list[str]]
+    broken: Callable[[], list[str]] = list
     attend: Callable[[DenseArguments], torch.Tensor] | None = None
     varlen: Callable[[VarlenArguments], torch.Tensor] | None = None
 
@@ -37,21 +40,20 @@ class AttentionBackend:
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
     AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
-    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.attend, fa3.varlen),
-    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.attend, fa4.varlen),
-    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.attend, fa2.varlen),
-    AttentionBackend("flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.attend),
-    AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, cudnn.attend),
+    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.broken, fa3.attend, fa3.varlen),
+    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.broken, fa4.attend, fa4.varlen),
+    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.broken, fa2.attend, fa2.varlen),
     AttentionBackend(
-        "torch_flash",
-        torch_flash.why_not,
-        torch_flash.unavailable,
-        torch_flash.attend,
-        torch_flash.varlen,
+        "flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.broken, flashinfer.attend
+    ),
+    AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, attend=cudnn.attend),
+    AttentionBackend(
+        "torch_flash", torch_flash.why_not, torch_flash.unavailable, attend=torch_flash.attend,
+        varlen=torch_flash.varlen,
     ),
     AttentionBackend("sdpa", sdpa.why_not, sdpa.unavailable),
-    AttentionBackend("flex", flex.why_not, flex.unavailable, flex.attend),
-)
+    AttentionBackend("flex", flex.why_not, flex.unavailable, attend=flex.attend),
+)  # fmt: skip
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
@@ -76,7 +78,7 @@ class Choice:
 
 def attention_backends() -> dict[str, Availability]:
     """Name -> availability with reasons, for this machine."""
-    found = {b.name: tuple(b.unavailable()) for b in BACKENDS}
+    found = {b.name: tuple(b.unavailable() or b.broken()) for b in BACKENDS}
     return {name: Availability(not reasons, reasons) for name, reasons in found.items()}
 
 
@@ -100,7 +102,9 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
         NoAttentionBackendError: the requested backend cannot run it; lists its reasons.
     """
     reasons = {b.name: b.why_not(call) for b in BACKENDS}
+    broken = {b.name: b.broken for b in BACKENDS}
     if requested != "auto":
+        reasons[requested] = reasons[requested] or broken[requested]()
         if reasons[requested]:
             why = "\n".join(f"  - {reason}" for reason in reasons[requested])
             raise NoAttentionBackendError(
@@ -110,7 +114,12 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
             )
         chosen = requested
     else:
-        chosen = next((name for name in order_for(call) if not reasons[name]), "none")
+        chosen = "none"
+        for name in order_for(call):
+            reasons[name] = reasons[name] or broken[name]()
+            if not reasons[name]:
+                chosen = name
+                break
     not_chosen = {
         name: why or [_passed_over(name, chosen, requested, call)]
         for name, why in reasons.items()
