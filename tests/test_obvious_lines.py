@@ -45,6 +45,8 @@ CACHES = {
 @pytest.mark.parametrize("chunk", [None, 5], ids=["whole prompt", "chunks"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_compile_then_generate(cache, chunk, device):
+    if (cache, chunk, device, torch.__version__[:4]) == ("no cache argument", 5, "cpu", "2.11"):
+        pytest.xfail("Inductor's C++ for DynamicCache does not compile there, our backend or not")
     batch = {name: x.to(device) for name, x in LLAMA.inputs("left").items()}
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "prefill_chunk_size": chunk}
     model = LLAMA.build().to(device)

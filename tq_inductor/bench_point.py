@@ -46,7 +46,7 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
 }  # fmt: skip
 TINY_WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 # Parts of the free memory that a cache may take, tried one after the other.

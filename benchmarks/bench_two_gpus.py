@@ -1,0 +1,181 @@
+"""A decode step on one GPU, with layers on two (`device_map`), and with heads on two (tensor parallelism).
+
+    python benchmarks/bench_two_gpus.py [--out FOLDER] [--commit NAME] [--batch B] [--context N]
+
+The same checkpoint (the Llama of `bench_point`, random weights) reads the same prompt and takes the same
+steps in each way, each in processes of its own; tensor parallelism is that of transformers, under torchrun:
+each cache holds the KV heads of its rank. Logits are compared with those of one GPU. Needs accelerate.
+Writes `two_gpus.json`. With `--size tiny` and no GPU, tensor parallelism runs on two processes of the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence import RESULTS, environment, write_result
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, StaticCache
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from tq_inductor import TurboQuantCache
+from tq_inductor.bench_point import build_model
+from tq_inductor.clock import cache_bytes
+
+GPUS = 2
+CACHES = ("static", "k4v4")
+CHUNK, WARM_UP, STEPS = 2048, 6, 24
+
+
+def load(way: str, folder: Path, device: str) -> PreTrainedModel:
+    """The checkpoint in `folder`, placed as `way` says."""
+    if way == "tensor parallel":
+        placed: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=GPUS)}
+    elif way == "layers on two":
+        placed = {"device_map": "balanced", "max_memory": {gpu: "1000GiB" for gpu in range(GPUS)}}
+    else:
+        placed = {}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placed).eval()
+    return model if placed else model.to(device)
+
+
+def new_cache(kind: str, model: PreTrainedModel, max_len: int) -> Cache:
+    """An empty cache; made at the first forward, when it is known which layer and head lives where."""
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=max_len)
+    return TurboQuantCache(model.config, max_len, kv_format=kind)
+
+
+@torch.no_grad()
+def run(
+    model: PreTrainedModel, kind: str, ids: torch.Tensor, mode: str
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Figures, and the logits of the steps `[steps, B, vocabulary]` on the host."""
+    torch.compiler.reset()
+    model._compiled_call_impl = None
+    counters.clear()
+    on_gpu = ids.is_cuda
+    model.compile(backend="turboquant", mode=mode)
+    prompt_len = ids.shape[1] - WARM_UP - STEPS
+    cache = new_cache(kind, model, ids.shape[1])
+    for chunk in ids[:, :prompt_len].split(CHUNK, 1):
+        model(chunk, past_key_values=cache, logits_to_keep=1)
+    times, logits = [], []
+    for i in range(prompt_len, ids.shape[1]):
+        start = time.perf_counter()
+        out = model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1]
+        if on_gpu:
+            for gpu in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(gpu)
+        times.append(time.perf_counter() - start)
+        logits.append(out.float().cpu())
+    figures = {
+        "median_ms": round(statistics.median(times[WARM_UP:]) * 1e3, 3),
+        "spread_ms": round((max(times[WARM_UP:]) - min(times[WARM_UP:])) * 1e3, 3),
+        "cache_bytes_of_this_process": cache_bytes(cache),
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "rewritten": {k: v for k, v in counters["turboquant"].items() if k.startswith("rewritten")},
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
+    }
+    if on_gpu:
+        figures["peak_gib"] = [
+            round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2)
+            for gpu in range(torch.cuda.device_count())
+        ]
+    return figures, torch.stack(logits)
+
+
+def child(way: str, folder: Path, batch: int, context: int) -> None:
+    """Run one way and leave its figures and logits in `folder`; the first rank does, if there are more."""
+    rank = int(os.environ.get("RANK", 0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    model = load(way, folder, device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, context + WARM_UP + STEPS)
+    ids = torch.randint(3, model.config.vocab_size, shape, generator=generator).to(device)
+    mode = "reduce-overhead" if device == "cuda" else "default"
+    if way == "layers on two":
+        # accelerate's hooks break the graph at every layer: a graph for each of them, all of one function.
+        torch._dynamo.config.recompile_limit = 256
+        mode = "default"
+    found = {}
+    for kind in CACHES:
+        figures, logits = run(model, kind, ids, mode)
+        found[kind] = figures
+        if rank == 0:
+            torch.save(logits, folder / f"{way}-{kind}.pt")
+    if rank == 0:
+        (folder / f"{way}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def start(way: str, folder: Path, args: argparse.Namespace) -> str | None:
+    """Run `child` in processes of its own; the end of what they said if they failed."""
+    command = [sys.executable]
+    if way == "tensor parallel":
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={GPUS}"]
+    command += [__file__, "--child", way, "--folder", str(folder)]
+    command += ["--batch", str(args.batch), "--context", str(args.context)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    return done.stderr[-2000:] if done.returncode else None
+
+
+def compared(folder: Path, way: str, kind: str) -> dict[str, float]:
+    """How far a way's logits are from those of one GPU."""
+    expected, got = (torch.load(folder / f"{name}-{kind}.pt") for name in ("one", way))
+    far = (got - expected).abs().max() / expected.abs().max()
+    same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
+    return {"largest_difference_over_largest_logit": float(far), "same_token": round(float(same), 4)}
+
+
+def main() -> None:
+    """Run all ways and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="default: git's")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--context", type=int, default=32704)
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args.folder, args.batch, args.context)
+        return
+    gpus = torch.cuda.device_count()
+    ways = ["one", "layers on two", "tensor parallel"] if gpus >= GPUS else ["one", "tensor parallel"]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_model("llama", args.size, "cuda" if gpus else "cpu").save_pretrained(folder)
+        build_model.cache_clear()
+        torch.cuda.empty_cache()
+        for way in ways:
+            row: dict[str, Any] = {"way": way, "batch": args.batch, "tokens": args.context}
+            if error := start(way, folder, args):
+                rows.append(row | {"error": error})
+                continue
+            for kind, figures in json.loads((folder / f"{way}.json").read_text()).items():
+                rows.append(row | {"cache": kind} | figures | compared(folder, way, kind))
+                print(rows[-1], flush=True)
+            write_result("two_gpus", {"environment": environment(args.commit), "steps": rows}, args.out)
+    write_result("two_gpus", {"environment": environment(args.commit), "steps": rows}, args.out)
+
+
+if __name__ == "__main__":
+    main()
