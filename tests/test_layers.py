@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "reference_attention": ["attention.arguments", "attention.call", "reference"],
     "kernels.*": ["kernels.*", "beside", "codebook", "format"],
     "foreign_kv": [],
-    "ops": ["attention.*", "beside", "foreign_kv", "format"],
+    "packed_ops": ["beside", "format"],
+    "attention_ops": ["attention.*", "foreign_kv"],
+    "ops": ["attention_ops", "packed_ops"],
     "storage": ["beside", "errors", "format", "ops", "rotation"],
     "cache": ["cache_layers", "errors", "format", "storage"],
     "cache_layers": ["format", "storage"],
@@ -68,7 +70,10 @@ MAY_IMPORT = {
     "plot": ["errors"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
-MAY_IMPORT_LATE = {"ops": ["reference", "reference_attention", "kernels.*"]}
+MAY_IMPORT_LATE = {
+    "packed_ops": ["reference", "kernels.*"],
+    "attention_ops": ["reference", "reference_attention", "kernels.*"],
+}
 
 # Who may import these distributions at all, and who when loaded (others: inside a function). The
 # compiler works without Hugging Face, and registering the ops needs no Triton.

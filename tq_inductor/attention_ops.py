@@ -1,0 +1,134 @@
+"""The ops over plain keys and values, as `ops` registers them: schema, dispatch by device, fake."""
+
+from __future__ import annotations
+
+import torch
+
+from .attention.arguments import DenseArguments, VarlenArguments
+from .attention.select import BY_NAME
+from .foreign_kv import plain_tokens
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    if q.is_cuda:
+        from .kernels.decode import attend
+    else:
+        from .reference import attend
+    return attend(q, k, v, attn_mask, bounds, sinks, scale)
+
+
+def _attend_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _dense_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    alignment: str,
+    window_back: int,
+    window_ahead: int,
+    softcap: float | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    window = tuple(None if side < 0 else side for side in (window_back, window_ahead))
+    x = DenseArguments(q, k, v, attn_mask, alibi_slopes, sinks, alignment, window, softcap, scale)  # type: ignore[arg-type]
+    attend = BY_NAME[backend].attend
+    if not q.is_cuda:
+        from .reference_attention import dense_attention as attend
+    if attend is None:
+        raise ValueError(f"attention backend {backend!r} has another op")
+    return attend(x).contiguous().transpose(1, 2)
+
+
+def _dense_attn_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
+) -> torch.Tensor:
+    batch, heads, q_len, _ = q.shape
+    return q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+
+
+def _varlen_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float,
+    backend: str = "triton",
+    kv_format: str | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    block_table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    stored = (q.dtype, kv_format, cu_seqlens_k, block_table, max_seqlen_k)
+    k, v = plain_tokens(k, *stored), plain_tokens(v, *stored)
+    sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    x = VarlenArguments(q, k, v, *sizes, is_causal, scale * k_scale)
+    if q.is_cuda and backend != "triton":
+        varlen = BY_NAME[backend].varlen
+        if varlen is None:
+            raise ValueError(f"attention backend {backend!r} takes no ragged sequences")
+        out = varlen(x)
+    else:
+        if q.is_cuda:
+            from .kernels.varlen import varlen_attention
+        else:
+            from .reference_attention import varlen_attention
+        out = varlen_attention(q, k, v, *sizes, is_causal, scale * k_scale)
+    return out if v_scale == 1.0 else out * v_scale
+
+
+def _varlen_attn_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+OPS = (
+    (
+        "attend(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks,"
+        " float scale, str backend) -> Tensor",
+        _attend,
+        _attend_fake,
+    ),
+    (
+        "dense_attn(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks,"
+        " str alignment, int window_back, int window_ahead, float? softcap, float scale, str backend)"
+        " -> Tensor",
+        _dense_attn,
+        _dense_attn_fake,
+    ),
+    (
+        "varlen_attn(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+        ' int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, str backend="triton",'
+        " str? kv_format=None, float k_scale=1., float v_scale=1., Tensor? block_table=None) -> Tensor",
+        _varlen_attn,
+        _varlen_attn_fake,
+    ),
+)

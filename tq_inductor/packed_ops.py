@@ -1,0 +1,228 @@
+"""The ops over packed caches, as `ops` registers them: schema, dispatch by device, fake."""
+
+from __future__ import annotations
+
+import torch
+
+from .beside import Beside
+from .format import KVFormat
+
+_CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
+_BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int sink_tokens=0"
+_BESIDE_WRITTEN = (
+    "Tensor(b!)? k_mean=None, Tensor(c!)? exact=None, Tensor(d!)? exact_from=None, int sink_tokens=0"
+)
+
+
+def _tq_store(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> None:
+    if cache.is_cuda:
+        from .kernels.store import store
+    else:
+        from .reference import store
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
+
+
+def _tq_store_fake(
+    cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> None:
+    return None
+
+
+def _tq_dequantize(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+    max_len: int,
+    dtype: torch.dtype,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if cache.is_cuda:
+        from .kernels.dequantize import dequantize
+    else:
+        from .reference import dequantize
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside)
+
+
+def _tq_dequantize_fake(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    kv_format: str,
+    max_len: int,
+    dtype: torch.dtype,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, _ = cache.shape
+    return (
+        cache.new_empty((batch, heads, max_len, k_rotation.shape[0]), dtype=dtype),
+        cache.new_empty((batch, heads, max_len, v_rotation.shape[0]), dtype=dtype),
+    )
+
+
+def _tq_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> torch.Tensor:
+    if cache.is_cuda:
+        from .kernels.decode import decode
+    else:
+        from .reference import decode
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    return decode(
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside
+    )
+
+
+def _tq_decode_fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+def _tq_append_attend(
+    cache: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> torch.Tensor:
+    if cache.is_cuda:
+        from .kernels.append import append_and_attend
+
+        fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+        return append_and_attend(
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
+            Beside(k_mean, exact, exact_from, sink_tokens),
+        )  # fmt: skip
+    beside = (k_mean, exact, exact_from, sink_tokens)
+    _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside)
+    return _tq_decode(
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale,
+        *beside,
+    )  # fmt: skip
+
+
+def _tq_append_attend_fake(
+    cache: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_format: str,
+    max_len: int,
+    scale: float,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+OPS = (
+    (
+        f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format, {_BESIDE_WRITTEN})"
+        " -> ()",
+        _tq_store,
+        _tq_store_fake,
+    ),
+    (
+        f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype,"
+        f" {_BESIDE}) -> (Tensor, Tensor)",
+        _tq_dequantize,
+        _tq_dequantize_fake,
+    ),
+    (
+        f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask,"
+        f" Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale, {_BESIDE}) -> Tensor",
+        _tq_decode,
+        _tq_decode_fake,
+    ),
+    (
+        f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
+        " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
+        f" {_BESIDE_WRITTEN}) -> Tensor",
+        _tq_append_attend,
+        _tq_append_attend_fake,
+    ),
+)
