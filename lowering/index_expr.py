@@ -117,6 +117,11 @@ def scaled(x: Expr, factor: int) -> Expr:
 def at_most(a: Expr, b: Expr) -> Expr:
     """`a <= b` of integers, as `0 <= sum`."""
     gap = sum_of(linear(b), linear(a).times(-1))
+    for term, count in gap.terms.items():  # 0 <= s - max(x, y)  is  0 <= s - x and 0 <= s - y
+        if isinstance(term, Apply) and term.op == ("max" if count < 0 else "min"):
+            rest = gap.without(term)
+            parts = (sum_of(rest, linear(x).times(count)).expr() for x in term.args)
+            return and_(*(at_most(Constant(0), part) for part in parts))
     indices = all(isinstance(term, Index) for term in gap.terms)  # none is negative
     if indices and gap.constant >= 0 and all(c > 0 for c in gap.terms.values()):
         return TRUE

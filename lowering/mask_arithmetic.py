@@ -84,6 +84,8 @@ def elementwise(name: str, operands: list[Any], read: list[Expr], out: torch.dty
         return (
             ix.scaled(read[0], -1) if out in POSITIONS else of_choices(lambda x: rounded(-x, out), read[0])
         )
+    if name in ("abs", "absolute") and out in POSITIONS:
+        return ix.extreme("max", read[0], ix.scaled(read[0], -1))
     if len(read) != 2:
         raise NotReadable
     if all(map(is_bool, operands)):

@@ -163,6 +163,16 @@ class TestWhatIsSaid:
 
         check(f, *qkv(9, 9), said=(False, "equal", 3, 2))
 
+    @pytest.mark.parametrize("function", [abs, torch.abs, torch.Tensor.abs])
+    def test_a_window_by_distance(self, function):
+        def f(q, k, v):
+            return sdpa(q, k, v, function(offsets(q, k)) <= 3)
+
+        check(f, *qkv(9, 9), said=(False, "equal", 3, 3))
+
+    def test_further_than_a_distance_is_no_window(self):
+        check(lambda q, k, v: sdpa(q, k, v, offsets(q, k).abs() > 1), *qkv(9, 9), said=(True, "", -1, -1))
+
     def test_a_window_before_its_own_place_needs_the_mask(self):
         check(lambda q, k, v: sdpa(q, k, v, offsets(q, k) <= -1), *qkv(9, 9), said=(True, "", -1, -1))
 

@@ -170,7 +170,8 @@ FAMILIES = {
     "window": (window, (3,), 6, 6, "causal + window 3"),
     "window on the wrong side": (lambda q, k: torch.arange(k) >= torch.arange(q)[:, None] + 2,
                                  (), 6, 6, "at most -2 back"),
-    "both ways": (lambda q, k: (torch.arange(k) - torch.arange(q)[:, None]).abs() <= 2, (), 6, 6, "bool"),
+    "both ways": (lambda q, k: (torch.arange(k) - torch.arange(q)[:, None]).abs() <= 2,
+                  (), 6, 6, "causal, offset 2 + window 5"),
     "causal on some rows": (
         lambda q, k: torch.where(torch.arange(q)[:, None] < 2, arange_mask(q, k, 0), True),
         (), 6, 6, "causal, offset on the device"),
