@@ -27,7 +27,15 @@ SHAPES: tuple[tuple[int, int | None], ...] = (
     *((4, 8192), (16, 8192), (64, 8192)),
     *((1, None), (8, None)),
 )
-NEW_TOKENS, PREFILL_TOKENS = 24, 1 << 18
+NEW_TOKENS = 24
+# Tokens of a batch that a GPU reads at once; longer prompts are read in smaller chunks, since transformers
+# makes a mask of chunk times context for each row.
+AT_ONCE, CHUNK = 1 << 18, 1 << 16
+
+
+def prefill_tokens(batch: int, context: int | None) -> int:
+    """Of this shape, as in `Point`."""
+    return AT_ONCE if batch * (context or 0) <= AT_ONCE else CHUNK
 
 
 def main() -> None:
@@ -42,7 +50,7 @@ def main() -> None:
     parser.add_argument("--stop-after", type=float, help="start no new point after so many seconds")
     args = parser.parse_args()
     points = [
-        Point(model, "full", cache, batch, context, NEW_TOKENS, PREFILL_TOKENS)
+        Point(model, "full", cache, batch, context, NEW_TOKENS, prefill_tokens(batch, context))
         for model in args.model
         for cache in args.cache
         for batch, context in SHAPES[: args.shapes]
