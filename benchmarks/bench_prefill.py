@@ -35,6 +35,7 @@ class Case:
     padding: int = 0
     window: int = 0
     key_mask: bool = False  # padding is also given as a mask over keys, as the compiler does
+    opaque: bool = False  # the mask is an input of the graph: its extents are looked for, and it is applied
 
     def bounds(self) -> torch.Tensor:
         """int32 `[B, q, 2]`."""
@@ -57,8 +58,18 @@ CASES = (
     Case("second chunk into a static cache", 1, 4096, 32768, start=4096),
     Case("left padding, half", 8, 2048, 2048, padding=1024),
     Case("left padding, half, as a mask over keys", 8, 2048, 2048, padding=1024, key_mask=True),
+    Case("first chunk into a static cache, opaque mask", 1, 4096, 32768, opaque=True),
+    Case("second chunk into a static cache, opaque mask", 1, 4096, 32768, start=4096, opaque=True),
     Case("sliding window of 1024", 1, 16384, 16384, window=1024),
 )
+
+
+@torch.compile
+def extents(mask: torch.Tensor) -> torch.Tensor:
+    """The bounds that the compiler computes of a mask `[B, 1, q, L]`."""
+    key = torch.arange(mask.shape[-1], device=mask.device)
+    first = torch.where(mask, key, mask.shape[-1]).amin(-1)
+    return torch.stack((first, torch.where(mask, key + 1, 0).amax(-1)), -1)[:, 0].int()
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -71,8 +82,8 @@ def measure(case: Case) -> dict[str, Any]:
     keys = (torch.arange(case.kv_len, device="cuda") >= case.padding).expand(case.batch, 1, 1, -1)
 
     def ours() -> torch.Tensor:
-        of_keys = keys if case.key_mask else None
-        return torch.ops.tq_inductor.attend(q, k, v, of_keys, bounds, None, HEAD_DIM**-0.5, "triton")  # type: ignore[no-any-return]
+        applied = mask if case.opaque else keys if case.key_mask else None
+        return torch.ops.tq_inductor.attend(q, k, v, applied, bounds, None, HEAD_DIM**-0.5, "triton")  # type: ignore[no-any-return]
 
     def dense() -> torch.Tensor:
         group = HEADS // KV_HEADS
@@ -86,6 +97,8 @@ def measure(case: Case) -> dict[str, Any]:
     error = ((ours() - dense()).masked_fill(~real, 0).abs().max()).item()
     row: dict[str, Any] = {**case.__dict__, "largest_difference": round(error, 5)}
     ways = {"attend": ours, "sdpa_with_mask": dense, "cudnn_with_mask": cudnn}
+    if case.opaque:  # once for all layers
+        ways["extents_of_the_mask"] = lambda: extents(mask)
     if case.name == "plain causal":
         ways["sdpa_is_causal"] = lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True)
     for name, way in ways.items():

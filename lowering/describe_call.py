@@ -144,22 +144,17 @@ def _is_bounded(found: Found, form: MaskForm) -> bool:
         end = static_end(form.lower)
         if end is None or statically_known_true(end[1] > 0):
             return True
-    few = (
-        isinstance(q_len, int)
-        and q_len <= MAX_DECODE_QUERIES
-        and not statically_known_true(q_len == kv_len)
-    )
-    return few and _hides_keys(form)
+    if statically_known_true(q_len == kv_len) or form.bias:
+        return False
+    few = isinstance(q_len, int) and q_len <= MAX_DECODE_QUERIES
+    scanned = bool(form.rest) and value_of(found.sdpa.attn_mask).dtype == torch.bool
+    return scanned or (few and bool(form.keys is not None or form.rest))
 
 
 def _is_interval(found: Found, form: MaskForm) -> bool:
     """Whether interval and keys are all of the mask, and SDPA has no flag that says it."""
     q_len, kv_len = (value_of(n).shape[-2] for n in (found.sdpa.query, found.key))
     return form.exact and form != MaskForm() and not is_plain_causal(form, q_len, kv_len)
-
-
-def _hides_keys(form: MaskForm) -> bool:
-    return not form.bias and (form.keys is not None or bool(form.rest))
 
 
 def _source_name(found: Found, writes: Writes) -> str:

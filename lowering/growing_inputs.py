@@ -95,7 +95,7 @@ def _is_growing(value: Any) -> bool:
 
 
 def _computed_from(inputs: set[fx.Node], graph: fx.Graph) -> dict[fx.Node, None]:
-    """What is computed from nothing but these inputs, in order, until its shape is fixed; nothing that writes."""
+    """What is computed from these inputs alone, in order, until shapes are fixed; nothing that writes."""
     found: dict[fx.Node, None] = {}
     growing = set(inputs)
     for node in graph.nodes:

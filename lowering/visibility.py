@@ -2,8 +2,8 @@
 
 - bounds, int32 `[B, q, 2]` or broadcastable to it: query i of row b sees keys k with
   `bounds[b, i, 0] <= k < bounds[b, i, 1]`. Computed from a few numbers; where the mask is not understood,
-  from the first and last key that it shows in each row of the batch, so that no kernel reads what nobody
-  sees.
+  from the first and last key that it shows to each query (to a few queries: to any of them), so that no
+  kernel reads what nobody sees.
 - a mask `[B, 1, 1, L]` over keys, or the mask itself where it is more than that.
 
 Both are computed where the mask is, once for all layers that share it.
@@ -26,7 +26,7 @@ from .mask_form import EVERYTHING, MaskForm, elements, parts
 from .read_mask import ZERO, is_one
 from .writes import Writes
 
-MAX_SCANNED_QUERIES = 16  # the mask of more queries is too large to be scanned for its extent
+MAX_JOINT_QUERIES = 16  # so many share a tile of any kernel: one extent for all of them
 
 
 class Visibility:
@@ -108,14 +108,16 @@ class Visibility:
         return _joined(write, emit.tensor(form.lower or ZERO), emit.tensor(form.upper or EVERYTHING))
 
     def _of_extent(self, write: GraphWriter, sdpa: SDPANode, form: MaskForm, mask: fx.Node) -> fx.Node:
-        """The interval, cut to the first and last key that a mask shows to any head or query."""
+        """The interval, cut to the first and last key that a mask shows to any head."""
         emit = _Emitter(write, sdpa)
         seen = mask
         if value_of(mask).dim() < 4:
             seen = write.call(operator.getitem, seen, (None,) * (4 - value_of(mask).dim()))
-        for dim in (1, 2):
-            if not is_one(value_of(seen).shape[dim]):
-                seen = write.call("any", seen, dim, keepdim=True)
+        heads, rows = value_of(seen).shape[1:3]
+        if not is_one(heads):
+            seen = write.call("any", seen, 1, keepdim=True)
+        if isinstance(rows, int) and 1 < rows <= MAX_JOINT_QUERIES:
+            seen = write.call("any", seen, 2, keepdim=True)
         key = emit.tensor(Index(KEY))
         last = write.call(torch.where, seen, write.call(operator.add, key, 1), 0)
         first = write.call(torch.where, seen, key, emit.size(KEY))
@@ -151,12 +153,9 @@ def _size_of_axis(sdpa: SDPANode, axis: int) -> tuple[fx.Node, int] | int | None
 
 
 def _can_scan(mask: fx.Node, sdpa: SDPANode) -> bool:
-    """Whether a mask has a column for every key and few rows."""
-    shape = value_of(mask).shape
-    rows = shape[-2] if len(shape) > 1 else 1
-    if str(shape[-1]) != str(value_of(sdpa.key).shape[-2]) or is_one(shape[-1]):
-        return False
-    return isinstance(rows, int) and rows <= MAX_SCANNED_QUERIES
+    """Whether a mask has a column for every key."""
+    columns = value_of(mask).shape[-1]
+    return str(columns) == str(value_of(sdpa.key).shape[-2]) and not is_one(columns)
 
 
 class _Emitter:

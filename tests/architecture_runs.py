@@ -114,12 +114,13 @@ def run(
     name: str,
     backend: Recorder | str | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Run:
     """Run a fresh model, compiled if there is a backend."""
     torch._dynamo.reset()
     counters.clear()
     result = Run()
-    model = architecture.build(dtype)
+    model = architecture.build(dtype).to(device)
     if backend:
         model.compile(backend=backend)
 
@@ -146,7 +147,8 @@ def run(
 def forward(model: PreTrainedModel, architecture: Architecture, padding: str) -> list[torch.Tensor]:
     """All floating-point tensors that the model returns without a cache."""
     options = {"use_cache": False} if architecture.generates else {}
-    output = model(**architecture.inputs(padding), **options, return_dict=False)
+    inputs = {name: x.to(model.device) for name, x in architecture.inputs(padding).items()}
+    output = model(**inputs, **options, return_dict=False)
     leaves, _ = torch.utils._pytree.tree_flatten(output)
     return [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
@@ -162,7 +164,10 @@ def generate(
 
     batch = architecture.inputs("left" if "left" in architecture.paddings else "")
     batch.pop("decoder_input_ids", None)
-    batch = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
+    batch = {
+        name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype)
+        for name, x in batch.items()
+    }
     cache = CACHES[cache_name](model.config)
     if architecture.encodes_first:
         if cache_name == "StaticCache":  # all slots of a cross-attention cache are filled

@@ -14,9 +14,6 @@ from architectures import ARCHITECTURES
 RECORDED = json.loads(DECISIONS.read_text())
 RUNS = [(a.name, run_name) for a in ARCHITECTURES.values() for run_name in runs_of(a)]
 GENERATORS = [a.name for a in ARCHITECTURES.values() if a.generates]
-# Bloom makes its ALiBi as long as the mask it is given, but for a StaticCache; so compiled, where the
-# cache returns all its slots, their shapes differ.
-UNFIT_FOR_TURBOQUANT_CACHE = ["bloom"]
 
 
 @pytest.mark.parametrize(("name", "run_name"), RUNS)
@@ -31,7 +28,7 @@ def test_rewritten_equals_eager(name, run_name):
         assert found.record == RECORDED["architectures"][name][run_name], "see architecture_runs.py"
     if found.record["fault"]:
         assert found.rewritten.error or found.rewritten.equals(found.plain)
-        assert run_name != "TurboQuantCache" or name in UNFIT_FOR_TURBOQUANT_CACHE
+        assert run_name != "TurboQuantCache"
         pytest.skip(f"without the rewriting too: {found.record['fault']}")
     assert found.rewritten.equals(found.uncompiled)
 
@@ -43,6 +40,22 @@ def test_a_lossless_cache_gives_transformers_own_tokens(name):
     )
     assert (transformers_own.error, ours.error) == ("", "")
     assert ours.equals(transformers_own)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("name", "run_name"), [x for x in RUNS if x[1] not in ("unpadded", "DynamicCache")]
+)
+def test_rewritten_equals_eager_on_a_gpu(name, run_name):
+    backend = Recorder()
+    uncompiled = run(ARCHITECTURES[name], run_name, device="cuda")
+    got = run(ARCHITECTURES[name], run_name, backend, device="cuda")
+    if got.error or not got.equals(uncompiled):
+        plain = run(ARCHITECTURES[name], run_name, Recorder(rewriting=False), device="cuda")
+        assert got.error == plain.error
+        assert got.error or got.equals(plain)
+    assert backend.guards == []
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,21 @@ def test_a_sliding_only_model_is_not_packed():
     assert torch.equal(generate(model, cache, padded_batch()), expected)
 
 
+def test_a_bias_as_long_as_the_tokens_held_keeps_the_cache_out_of_graphs(caplog):
+    config = AutoConfig.for_model(
+        "bloom", n_layer=2, n_head=4, hidden_size=64, vocab_size=99, eos_token_id=None
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 99, (2, 6))
+    with caplog.at_level(logging.WARNING, logger="tq_inductor"):
+        caches = [TurboQuantCache(config, 32) for _ in range(2)]
+    assert "ALiBi is as long as the tokens held" in caplog.text
+    expected = model.generate(ids, past_key_values=caches[0], max_new_tokens=6, do_sample=False)
+    model.compile(backend="turboquant")
+    got = model.generate(ids, past_key_values=caches[1], max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, expected)
+
+
 def test_latent_attention_is_kept_in_16_bits(caplog):
     model = build(
         "deepseek_v3", torch.float32, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16,

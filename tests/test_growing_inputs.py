@@ -19,8 +19,12 @@ def llama():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def generate(model, mask, ids, device="cpu"):
-    cache = TurboQuantCache(model.config, 64, max_batch_size=2, device=device, dtype=torch.float32)
+def make_cache(model, device="cpu"):
+    return TurboQuantCache(model.config, 64, max_batch_size=2, device=device, dtype=torch.float32)
+
+
+def generate(model, mask, ids, cache=None):
+    cache = cache or make_cache(model)
     return model.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
     )
@@ -92,7 +96,8 @@ def test_generate_replays_one_cuda_graph():
     from torch._inductor.cudagraph_trees import CUDAGraphNode
 
     model, batch = llama().cuda(), padded_batch("cuda")
-    expected = generate(model, *batch, device="cuda")
+    caches = [make_cache(model, "cuda") for _ in range(3)]
+    expected = generate(model, *batch, caches[0])
     recorded = []
     original = CUDAGraphNode._record
 
@@ -104,10 +109,12 @@ def test_generate_replays_one_cuda_graph():
     model.compile(backend="turboquant", mode="reduce-overhead")
     CUDAGraphNode._record = record
     try:
-        assert torch.equal(generate(model, *batch, device="cuda"), expected)
-        count = len(recorded)
-        assert count <= 2  # the first step, all others
-        assert torch.equal(generate(model, *batch, device="cuda"), expected)
-        assert len(recorded) == count
+        assert torch.equal(generate(model, *batch, caches[1]), expected)
+        assert len(recorded) == 1  # after a step without a graph
+        caches[1].reset()
+        assert torch.equal(generate(model, *batch, caches[1]), expected)
+        assert len(recorded) == 1
+        assert torch.equal(generate(model, *batch, caches[2]), expected)
+        assert len(recorded) == 2  # other memory
     finally:
         CUDAGraphNode._record = original

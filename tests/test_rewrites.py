@@ -306,7 +306,9 @@ def test_a_mask_that_depends_on_values():
     def f(q, k, v, scores):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=scores > 0, enable_gqa=True)
 
-    check(f, *qkv(20), torch.randn(B, 1, 20, L), backend="sdpa", mask="bool", changed=False)
+    for heads in (1, HQ):  # read from the first key to the last that a query sees, and applied
+        check(f, *qkv(20), torch.randn(B, heads, 20, L), backend="triton", mask="bool")
+    check(f, *qkv(L), torch.randn(B, 1, L, L), backend="sdpa", mask="bool", changed=False)
     check(f, *qkv(), torch.randn(B, 1, 1, L), backend="triton", mask="padding")
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .cache_layers import AnnouncedLength, SlidingLayer, TurboQuantLayer
+from .cache_layers import AnnouncedLength, SlidingLayer, TurboQuantLayer, UncompiledLayer
 from .errors import UnsupportedModelError
 from .format import KVFormat
 from .storage import check_room
@@ -27,6 +27,8 @@ from .storage import check_room
 log = logging.getLogger("tq_inductor.cache")
 
 SINK_TOKENS, RECENT_TOKENS = 4, 32  # docs/quality.md has what they buy
+# Their ALiBi is as long as the 2-D mask, which says nothing of empty slots.
+BIASED_BY_TOKENS_HELD = ("bloom",)
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
 
 
@@ -103,13 +105,15 @@ class TurboQuantCache(Cache):
         # Multi-head latent attention caches latents, from which keys are made only after the cache.
         latent = getattr(decoder, "kv_lora_rank", None) is not None
         announced = AnnouncedLength()
+        biased = decoder.model_type in BIASED_BY_TOKENS_HELD
+        make_layer = UncompiledLayer if biased else TurboQuantLayer
         for i, layer in enumerate(layers):
             if type(layer) is StaticLayer:
                 kept = latent or i in skipped
                 layers[i] = (
-                    TurboQuantLayer(max_cache_len, sixteen_bit, announced)
+                    make_layer(max_cache_len, sixteen_bit, announced)
                     if kept
-                    else TurboQuantLayer(max_cache_len, kv_format, announced, *exact_tokens)
+                    else make_layer(max_cache_len, kv_format, announced, *exact_tokens)
                 )
             elif type(layer) is StaticSlidingWindowLayer:
                 layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len)
@@ -122,6 +126,9 @@ class TurboQuantCache(Cache):
             kinds = {type(layer).__name__ for layer in layers if layer not in self._packed}
             counts = (len(self._packed), len(layers))
             log.info("%d of %d layers are packed; kept as transformers keeps them: %s", *counts, kinds)
+        if biased:
+            reason = "its ALiBi is as long as the tokens held, so shapes change at every step"
+            log.warning("%s runs this cache outside of compiled graphs: %s", decoder.model_type, reason)
         if max_batch_size is not None and not latent:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or getattr(decoder, "dtype", None) or torch.get_default_dtype()

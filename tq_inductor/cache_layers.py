@@ -172,6 +172,17 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
         return f"TurboQuantLayer({self.kv_format}, max_len={self.max_len})"
 
 
+class UncompiledLayer(TurboQuantLayer):
+    """For models that add a bias as long as the tokens held: attention gets just these, compiled or not.
+
+    Dynamo leaves its graph to call the cache, and the rest of the model stays compiled.
+    """
+
+    _REASON = "this model's bias is as long as the tokens held: a TurboQuantCache runs uncompiled in it"
+    update = torch.compiler.disable(TurboQuantLayer.update, reason=_REASON)
+    get_mask_sizes = torch.compiler.disable(TurboQuantLayer.get_mask_sizes, reason=_REASON)
+
+
 class SlidingLayer(StaticSlidingWindowLayer):
     """transformers' static sliding-window layer, with the batch operations of its dynamic one.
 

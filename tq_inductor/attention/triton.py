@@ -22,8 +22,9 @@ def why_not(call: AttentionCall) -> list[str]:
         )
     if call.device == "cuda" and (call.q_len is None or call.q_len > MAX_QUERIES):
         q_len = "unknown" if call.q_len is None else call.q_len
-        if not (call.interval or call.mask == "none"):
-            reasons.append(f"q_len={q_len} (at most {MAX_QUERIES}) with a mask that is no interval")
+        scanned = call.bounded and call.mask == "bool"
+        if not (call.interval or scanned or call.mask == "none"):
+            reasons.append(f"q_len={q_len} (at most {MAX_QUERIES}) with a {call.mask} mask, no interval")
         if call.dtype == torch.float32:
             reasons.append(f"q_len={q_len} (at most {MAX_QUERIES}) in float32")
     return reasons
