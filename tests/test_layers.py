@@ -29,7 +29,12 @@ MAY_IMPORT = {
     "format": ["errors"],
     "codec": ["codebook", "format"],
     "reference": ["beside", "codec", "format"],
-    "kernels.decode_warp": ["kernels.bits", "kernels.decode_exact", "beside", "format"],
+    "kernels.decode_query": ["kernels.bits", "kernels.store", "beside", "format"],
+    "kernels.decode_warp": [
+        *("kernels.bits", "kernels.decode_exact", "kernels.decode_reduce", "kernels.warp_tiles"),
+        *("beside", "format"),
+    ],
+    "kernels.append": ["kernels.*", "beside", "format"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
     "kernels.*": ["kernels.bits", "beside", "codebook", "format"],
     "ops": ["beside", "format"],
