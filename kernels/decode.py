@@ -23,7 +23,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
@@ -34,6 +33,8 @@ from .bits import (
     load_centroids,
     magnitude_words,
     operand_dtype,
+    start_next,
+    wait_for_previous,
 )
 from .decode_query import rotate_queries
 from .decode_reduce import (
@@ -169,7 +170,7 @@ def decode_split_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_wait()
+        wait_for_previous()
     DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
     split = tl.program_id(0) % splits
     dv_start = tl.program_id(0) // splits % DV_BLOCKS * BLOCK_DV
@@ -260,7 +261,7 @@ def decode_split_kernel(
                 )  # fmt: skip
 
     if PDL:
-        gdc_launch_dependents()
+        start_next()
     dims = dv_start + tl.arange(0, BLOCK_DV)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     mask = valid[:, None] & (dims < V_DIM)[None, :]

@@ -9,10 +9,9 @@ are a sink of the head, visible slots past the length, whose keys and values are
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import NOTHING, Beside
-from .bits import early_launch, hadamard, nan_if_overfull
+from .bits import early_launch, hadamard, nan_if_overfull, start_next, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
@@ -202,8 +201,8 @@ def decode_reduce_kernel(
     if ROTATION == HADAMARD or ROTATION == SIGNS:  # noqa: SIM109
         first_column = tl.load(rotation_ptr + dims * V_DIM)
     if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+        wait_for_previous()
+        start_next()
     if HAS_MEAN:
         mean = tl.load(mean_ptr + kv_row * K_DIM + k_dims, mask=k_dims < K_DIM, other=0.0)
     extra = tl.zeros([BLOCK_D], tl.float32)  # in the space of the values as they came
