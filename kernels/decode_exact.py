@@ -25,7 +25,7 @@ def locate_exact(i, first_recent, low, high, SINKS: gl.constexpr, RECENT: gl.con
 
 
 @gluon.jit
-def attend_row(
+def attend_exact(
     q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr, lens_stride,
     from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, row,
     rows, q_len, max_len, splits, scale, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
@@ -79,19 +79,3 @@ def attend_row(
     part = (group * rows + row) * (splits + 1) + splits
     gl.store(partial_ptr + part * V_DIM + v_dim, out / gl.where(total == 0.0, 1.0, total))
     gl.store(log_ptr + part, peak + gl.log2(total))
-
-
-@gluon.jit
-def attend_exact(
-    q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr, lens_stride,
-    from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t,
-    rows, q_len, max_len, splits, scale, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    SINKS: gl.constexpr, RECENT: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-):  # fmt: skip
-    """This program's share of the `rows` query rows of its KV head."""
-    for row in range(gl.program_id(0), rows, gl.num_programs(0)):
-        attend_row(
-            q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr, lens_stride,
-            from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t,
-            row, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS, RECENT, K_DIM, V_DIM,
-        )  # fmt: skip

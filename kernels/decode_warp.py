@@ -303,12 +303,13 @@ def warp_split_kernel(
     group = batch * gl.num_programs(1) + kv_head
 
     if SINKS + RECENT > 0:
-        attend_exact(
-            raw_q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
-            lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b,
-            bounds_stride_t, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS, RECENT, K_DIM,
-            V_DIM,
-        )  # fmt: skip
+        for exact_row in range(gl.program_id(0), rows, gl.num_programs(0)):
+            attend_exact(
+                raw_q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+                lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b,
+                bounds_stride_t, exact_row, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS,
+                RECENT, K_DIM, V_DIM,
+            )  # fmt: skip
 
     # A query row sees slots low .. high - 1; here, of packed tokens.
     row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
@@ -419,10 +420,9 @@ def warp_split(
     sms: int,
     beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial outputs [B, Hkv, row, split, Dv] and logarithms of their weights.
+    """Partial outputs [B, Hkv, row, split, Dv], the last of exact tokens; logarithms of their weights.
 
-    The last is that of exact tokens, if any are kept. `queries` and `factors` are `rotate_queries`'s, the
-    others `reference.decode`'s; `sms` multiprocessors share the work.
+    `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` of the GPU.
     """
     batch, kv_heads, rows, dim = queries.shape
     dv, q_len, exact, exact_from = fmt.v_head_dim, q.shape[2], beside.exact, beside.exact_from
