@@ -97,18 +97,6 @@ def early_launch(device: torch.device) -> dict[str, bool]:
     return {"PDL": False}
 
 
-@triton.jit
-def wait_for_previous():
-    """Wait for the launch before and what it wrote: Triton's `gdc_wait`, which builds for AMD may lack."""
-    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
-
-
-@triton.jit
-def start_next():
-    """Let the next launch start, if it may start early, once all programs have come here or ended."""
-    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
-
-
 def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:
     """The dtype of tensor-core operands: that of the inputs if all are of one 16-bit type."""
     if set(dtypes) == {torch.bfloat16}:

@@ -23,6 +23,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
@@ -33,18 +34,9 @@ from .bits import (
     load_centroids,
     magnitude_words,
     operand_dtype,
-    start_next,
-    wait_for_previous,
 )
 from .decode_query import rotate_queries
-from .decode_reduce import (
-    LOG2_E,
-    NO_MASK,
-    attend_exact,
-    load_mask,
-    mask_arguments,
-    reduce_splits,
-)
+from .decode_reduce import LOG2_E, NO_MASK, load_mask, mask_arguments, reduce_splits
 from .decode_warp import attend_by_warps, sm_count, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
@@ -170,7 +162,7 @@ def decode_split_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        wait_for_previous()
+        gdc_wait()
     DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
     split = tl.program_id(0) % splits
     dv_start = tl.program_id(0) // splits % DV_BLOCKS * BLOCK_DV
@@ -210,10 +202,8 @@ def decode_split_kernel(
     first_slot = begin + split * run
     end = tl.minimum(first_slot + run, end)
 
-    # Partials are [batch, KV head, row, split], then one of exact tokens; the first block of value
-    # dimensions writes the log.
-    parts = splits + (SINKS + RECENT > 0)
-    part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * parts + split
+    # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log.
+    part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * splits + split
     writes_log = valid & (dv_start == row * 0)  # one shape: Triton 3.9's interpreter wants it so
     if first_slot >= end:
         tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
@@ -261,7 +251,7 @@ def decode_split_kernel(
                 )  # fmt: skip
 
     if PDL:
-        start_next()
+        gdc_launch_dependents()
     dims = dv_start + tl.arange(0, BLOCK_DV)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     mask = valid[:, None] & (dims < V_DIM)[None, :]
@@ -390,9 +380,8 @@ def _launch(
     else:
         splits = whole_waves(groups, tiles, FIT_16_BIT * sm_count(q.device))
 
-    parts = splits + (beside.exact is not None)
-    partial = torch.empty((batch, kv_heads, rows, parts, dv), dtype=torch.float32, device=q.device)
-    logs = torch.empty((batch, kv_heads, rows, parts), dtype=torch.float32, device=q.device)
+    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     k_bits, v_bits = (fmt.k_bits, fmt.v_bits) if scales and fmt else (16, 16)
     k_lo, k_hi = magnitude_words(k_bits)
@@ -416,8 +405,6 @@ def _launch(
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
         **early_launch(q.device),
     )  # fmt: skip
-    if beside.exact is not None and seq_lens is not None:
-        attend_exact(partial, logs, raw_q, seq_lens, attn_mask, bounds, max_len, scale, beside)
     reduce_splits(
         out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
         beside,

@@ -1,15 +1,16 @@
 """The first launch of decoding by warps: rotate the queries and bring them to the range of float16.
 
-When a decode step also appends, the same launch stores the new tokens (`store_and_rotate`).
+When a decode step also appends, the same launch stores the new tokens (`prepare`).
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import Beside
 from ..format import KVFormat
-from .bits import TINY, early_launch, hadamard, start_next, wait_for_previous
+from .bits import TINY, early_launch, hadamard
 from .store import store_arguments, store_kernel, take_mean
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -43,8 +44,8 @@ def query_kernel(
     scale, DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        wait_for_previous()
-        start_next()
+        gdc_wait()
+        gdc_launch_dependents()
     rotate_block(
         tl.program_id(0), q_ptr, rotation_ptr, out_ptr, scale_ptr, stride_b, stride_h, stride_t, stride_d,
         rows, kv_heads, q_len, scale, DIM, HEADS, BLOCK_M,
@@ -66,8 +67,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """`store_kernel` in the first two rows of the grid, the queries in the others."""
     if PDL:
-        wait_for_previous()
-        start_next()
+        gdc_wait()
+        gdc_launch_dependents()
     if tl.program_id(1) < 2:
         store_kernel(
             cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,

@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
-from .decode_exact import attend_exact
 from .decode_reduce import reduce_splits
 from .warp_tiles import (
     copy_keys,
@@ -186,13 +185,13 @@ def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, raw_q_ptr, cache_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr,
-    partial_ptr, log_ptr, cache_stride_b, cache_stride_h, lens_stride, from_stride, q_stride_b, q_stride_h,
-    q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, v_rows_offset, k_scales_offset,
-    v_scales_offset, rows, q_len, max_len, splits, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
-    K_LO: gl.constexpr, V_LO: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr,
-    V_DIM: gl.constexpr, HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
-    HAS_BOUNDS: gl.constexpr, N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
+    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
+    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
+    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
+    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
+    K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
+    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -217,9 +216,9 @@ def warp_split_kernel(
     token = row // HEADS
     seq_len = gl.load(seq_lens_ptr + batch * lens_stride)
     if HAS_BOUNDS:
-        ends_ptr = bounds_ptr + batch * bounds_stride_b + token * bounds_stride_t
-        low = gl.maximum(gl.load(ends_ptr, mask=valid, other=0), 0)
-        high = gl.minimum(gl.load(ends_ptr + 1, mask=valid, other=0), max_len)
+        bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
+        low = gl.maximum(gl.load(bounds_ptr, mask=valid, other=0), 0)
+        high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
     else:
         low = token * 0
         high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
@@ -232,11 +231,15 @@ def warp_split_kernel(
     first = begin + split * share
     end = gl.minimum(first + share, end)
 
-    part = (group * rows + row) * (splits + (SINKS + RECENT > 0)) + split
+    part = (group * rows + row) * splits + split
     # Until it waits, a program that started early may read what the launch before does not write: not
     # the runs of 16 tokens (scales are read through the first-level cache) that have new ones.
-    if PDL and (first < end) & (end > (seq_len - q_len) // 16 * 16):
+    if PDL and (first >= end) | (end > (seq_len - q_len) // 16 * 16):
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
+    if first >= end:
+        gl.store(log_ptr + part, gl.full([N], float("-inf"), gl.float32, COLUMNS), mask=valid)
+        return
+
     page = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
     offsets = (v_rows_offset, k_scales_offset, v_scales_offset)
     ptrs = tile_pointers(page, offsets, first, K_ROW, V_ROW)
@@ -249,23 +252,10 @@ def warp_split_kernel(
     k_scales = gl.allocate_shared_memory(gl.bfloat16, [SCALE_BUFFERS, 4, 8, 2], PLAIN).index(0)
     v_scales = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
     shared = (keys, values, k_scales, v_scales, signs)
-    if first < end:
-        copy_keys(shared, ptrs, end - first, K_ROW, K_PLANE)
-        copy_values(values, ptrs[1], end - first, V_ROW)
+    copy_keys(shared, ptrs, end - first, K_ROW, K_PLANE)
+    copy_values(values, ptrs[1], end - first, V_ROW)
     if PDL:
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
-
-    if SINKS + RECENT > 0:
-        for exact_row in range(gl.program_id(0), rows, gl.num_programs(0)):
-            attend_exact(
-                raw_q_ptr, seq_lens_ptr, exact_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
-                lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b,
-                bounds_stride_t, exact_row, rows, q_len, max_len, splits, scale, HEADS, HAS_BOUNDS, SINKS,
-                RECENT, K_DIM, V_DIM,
-            )  # fmt: skip
-    if first >= end:
-        gl.store(log_ptr + part, gl.full([N], float("-inf"), gl.float32, COLUMNS), mask=valid)
-        return
 
     if SINKS + RECENT > 0:  # exact tokens are hidden in the tiles rather than left out of the range
         first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
@@ -366,47 +356,43 @@ def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
 def warp_split(
     queries: torch.Tensor,
     factors: torch.Tensor,
-    q: torch.Tensor,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     bounds: torch.Tensor | None,
+    q_len: int,
     fmt: KVFormat,
     max_len: int,
-    scale: float,
     sms: int,
     beside: Beside = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial outputs [B, Hkv, row, split, Dv], Hadamard-transformed, and logarithms of their weights.
 
-    The last is that of exact tokens, if any are kept. `queries` and `factors` are `rotate_queries`'s, the
-    others `reference.decode`'s; `sms` multiprocessors share the work.
+    `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` multiprocessors
+    share the work.
     """
     batch, kv_heads, rows, dim = queries.shape
-    q_len = q.shape[2]
-    exact, exact_from = beside.exact, beside.exact_from
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
     shared = TILE.value * fmt.slot_bytes
     available = shared_bytes(queries.device)
-    warps = min(WARPS, available // (shared + 2048))
+    warps = min(WARPS, available // (shared + 1024))
     groups = batch * kv_heads * blocks
     splits = best_splits(
         groups, triton.cdiv(max_len, TILE.value), SCHEDULERS * sms, -(-warps // SCHEDULERS)
     )
     # As much shared memory as leaves room for no more programs on a multiprocessor than its share: started
-    # early, they fill some before they go to others. A KiB is the system's, less than one the compiler's.
-    spare = available // min(warps, triton.cdiv(groups * splits, sms)) - 2048 - shared
-    shape = (batch, kv_heads, rows, splits + (exact is not None))
-    partial = torch.empty((*shape, dv), dtype=torch.float32, device=queries.device)
-    logs = torch.empty(shape, dtype=torch.float32, device=queries.device)
+    # early, they fill some before they go to others.
+    spare = available // min(warps, triton.cdiv(groups * splits, sms)) - 1024 - shared
+    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
+    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    exact_from = beside.exact_from
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, q, cache, seq_lens, q if exact is None else exact,
-        seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, partial, logs,
-        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
-        0 if exact_from is None else exact_from.expand(batch).stride(0), *q.stride(),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits, scale,
+        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
+        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
+        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
@@ -435,7 +421,7 @@ def attend_by_warps(
     batch, heads, q_len, _ = out.shape
     bounds = None if bounds is None else bounds.expand(batch, q_len, 2)
     partial, logs = warp_split(
-        *queries, q, cache, seq_lens, bounds, fmt, max_len, scale, sm_count(out.device), beside
+        *queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device), beside
     )
     reduce_splits(
         out, partial, logs, q, seq_lens, v_rotation, None, bounds, sinks, heads // cache.shape[1], max_len,

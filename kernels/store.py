@@ -15,10 +15,11 @@ rows and scales. A lossless format is a plain copy.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import TINY, early_launch, encode, hadamard, quantiser, start_next, wait_for_previous
+from .bits import TINY, early_launch, encode, hadamard, quantiser
 
 BLOCK_VECTORS = 16  # the least number of rows of a dot
 WARP_VECTORS = 4  # of at most 256 coordinates, without a dot: 32 coordinates a lane
@@ -223,8 +224,8 @@ def store_lossless_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        wait_for_previous()
-        start_next()
+        gdc_wait()
+        gdc_launch_dependents()
     batch, head, token, position, page, exists, valid = locate_vectors(
         seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
         BLOCK,

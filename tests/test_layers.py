@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "reference_attention": ["attention.arguments", "attention.call", "reference"],
     "kernels.decode_query": ["kernels.bits", "kernels.store", "beside", "format"],
     "kernels.decode_warp": [
-        *("kernels.bits", "kernels.decode_exact", "kernels.decode_reduce", "kernels.warp_tiles"),
+        *("kernels.bits", "kernels.decode_reduce", "kernels.warp_tiles"),
         *("beside", "format"),
     ],
     "kernels.append": ["kernels.*", "beside", "format"],
