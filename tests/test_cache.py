@@ -476,7 +476,7 @@ def test_cuda_graph_replays_equal_eager(name):
     def cache():
         return TurboQuantCache(
             model.config, 256, kv_format=name, max_batch_size=2, device="cuda", dtype=torch.bfloat16,
-            recent_tokens=5 if name == "k4v4" else None,
+            recent_tokens=5 if name == "k4v4" else 0,
         )  # fmt: skip
 
     expected = decode_logits(model, model, cache(), ids, 10)

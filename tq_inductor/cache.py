@@ -26,7 +26,6 @@ from .storage import check_room
 
 log = logging.getLogger("tq_inductor.cache")
 
-SINK_TOKENS, RECENT_TOKENS = 4, 32  # docs/quality.md has what they buy
 # Their ALiBi is as long as the 2-D mask, which says nothing of empty slots.
 BIASED_BY_TOKENS_HELD = ("bloom",)
 SIXTEEN_BIT = {torch.float16: "fp16"}  # other dtypes keep skipped layers in bf16
@@ -40,18 +39,15 @@ def _head_dim(layer: PretrainedConfig) -> int | None:
     return layer.hidden_size // heads if heads else None
 
 
-def _exact_tokens(kv_format: str, *given: int | None) -> tuple[int, ...]:
-    """Sink and recent tokens of packed layers, from the arguments of those names."""
+def _check_exact_tokens(kv_format: str, **given: int) -> None:
     lossless = KVFormat(kv_format).is_lossless
-    for name, count in zip(("sink_tokens", "recent_tokens"), given, strict=True):
-        if count is not None and count < 0:
+    for name, count in given.items():
+        if count < 0:
             raise ValueError(f"{name}={count} must not be negative")
         if count and lossless:
             raise ValueError(
                 f"{name}={count}: a {kv_format} cache keeps all tokens as they are. Leave it out."
             )
-    defaults = (0, 0) if lossless else (SINK_TOKENS, RECENT_TOKENS)
-    return tuple(d if count is None else count for count, d in zip(given, defaults, strict=True))
 
 
 class TurboQuantCache(Cache):
@@ -63,8 +59,8 @@ class TurboQuantCache(Cache):
         kv_format: see `KVFormat`; `"bf16"` and `"fp16"` keep values as they are.
         skip_layers: indices of layers to keep in 16 bits (negative ones count from the end).
         sink_tokens, recent_tokens: how many of the first and of the last tokens packed layers keep as they
-            came besides; 4 and 32 unless given (none for a lossless format). At 2 bits, 128 recent tokens
-            are worth their memory.
+            came besides. None unless given, since a step's attention then takes 2 to 34% longer; 4 and 32
+            (at 2 bits 128) remove most of what packing costs in quality: see docs/quality.md.
         max_batch_size: if given, buffers are allocated now and not at the first forward; best for
             CUDA graphs.
         device, dtype: of these buffers; default: CUDA if there is one, and the config's dtype.
@@ -82,8 +78,8 @@ class TurboQuantCache(Cache):
         *,
         kv_format: str = "k4v4",
         skip_layers: Iterable[int] = (),
-        sink_tokens: int | None = None,
-        recent_tokens: int | None = None,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_batch_size: int | None = None,
@@ -98,7 +94,8 @@ class TurboQuantCache(Cache):
         head_dims = [_head_dim(layer) for layer in decoder.per_layer_config]
         for head_dim in set(head_dims):
             kv_format = KVFormat(kv_format, head_dim or 128).name  # refuses here what cannot be stored
-        exact_tokens = _exact_tokens(kv_format, sink_tokens, recent_tokens)
+        _check_exact_tokens(kv_format, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        exact_tokens = (sink_tokens, recent_tokens)
         layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
         skipped = self._skipped(skip_layers, len(layers))
         sixteen_bit = SIXTEEN_BIT.get(dtype or getattr(decoder, "dtype", None) or torch.bfloat16, "bf16")

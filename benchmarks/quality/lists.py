@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tq_inductor.cache import RECENT_TOKENS, SINK_TOKENS
-
 from .schemes import Scheme
 
+SINK_TOKENS, RECENT_TOKENS = 4, 32  # of caches that are not said to have others
 EXACT = Scheme("exact", "exact", "exact")
 
 
