@@ -252,7 +252,7 @@ def reduce_splits(
         block_d, num_warps = blocks_of(splits, block_d, exact is not None)
     slots = triton.next_power_of_2(0 if exact is None else exact.shape[2])
     decode_reduce_kernel[(batch * heads * q_len, triton.cdiv(dv, block_d))](
-        partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks,
+        partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks.contiguous(),
         out if v_rotation is None else v_rotation, out, q, out if k_mean is None else k_mean,
         out if exact is None else exact, out if exact_from is None else exact_from,
         out if bounds is None else bounds, mask, lens_stride, from_stride, *q.stride(),
