@@ -98,7 +98,8 @@ def test_the_largest_context_is_searched_from_above(monkeypatch):
     tried = []
     monkeypatch.setattr(bench_point, "fits", lambda point, model, n: tried.append(n) or n <= 8000)
     model = build_model("llama", "tiny", "cpu")
-    slot = 2 * cache_bytes(make_cache("k4v4", model, 1, 16)) // 16  # two rows
+    small, large = (cache_bytes(make_cache("k4v4", model, 1, n)) for n in (16, 32))
+    slot = 2 * (large - small) // 16  # two rows
     found = largest_context(point("k4v4", None), model, free_bytes=slot * 10000)
     assert (tried, found) == ([9500, 8500, 7500], 7500)
     monkeypatch.undo()
