@@ -17,13 +17,13 @@ LIMITS = Limits(softcap=True, alibi=True, page_multiple=256)
 
 def why_not(call: AttentionCall) -> list[str]:
     """Reasons, with values, why it cannot run a call; empty if it can."""
-    reasons = [*LIMITS.why_not(call), *(_missing() if call.device == "cuda" else [])]
-    return reasons
+    here = packages.missing(PACKAGE, OLDEST, EXTRA) if call.device == "cuda" else []
+    return [*LIMITS.why_not(call), *here]
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(LIMITS), *_missing()]
+    return [*why_not_here(LIMITS), *packages.missing(PACKAGE, OLDEST, EXTRA)]
 
 
 def broken() -> list[str]:
@@ -56,10 +56,3 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
     )  # fmt: skip
     token = torch.arange(x.q.shape[0], device=x.q.device)
     return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], out, 0)
-
-
-def _missing() -> list[str]:
-    version = packages.version_of(PACKAGE)
-    if version is None:
-        return packages.absence(PACKAGE, EXTRA)
-    return [] if packages.at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

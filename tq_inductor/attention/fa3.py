@@ -103,9 +103,5 @@ def _op() -> Callable[..., tuple[torch.Tensor, ...]]:
 
 
 def _missing(build: Build | None) -> list[str]:
-    if build is None:
-        return packages.absence(BUILDS[-1].package, EXTRA)
-    version = packages.version_of(build.package)
-    if version is not None and not packages.at_least(version, build.oldest):
-        return [f"{build.package} {version} (needs {build.oldest} or newer)"]
-    return []
+    build = build or BUILDS[-1]
+    return packages.missing(build.package, build.oldest, EXTRA)

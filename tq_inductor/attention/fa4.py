@@ -45,13 +45,13 @@ def why_not(call: AttentionCall) -> list[str]:
             and (call.sinks or call.softcap is not None)
         ):
             reasons.append(f"head_dim=256 with sinks or softcap on {call.architecture}")
-        reasons += _missing()
+        reasons += packages.missing(PACKAGE, OLDEST, EXTRA)
     return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(limits_of(None)), *_missing()]
+    return [*why_not_here(limits_of(None)), *packages.missing(PACKAGE, OLDEST, EXTRA)]
 
 
 def broken() -> list[str]:
@@ -88,10 +88,3 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
 def _only(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The attention, which comes alone or with an LSE, by the package's version and function."""
     return out[0] if isinstance(out, tuple) else out
-
-
-def _missing() -> list[str]:
-    version = packages.version_of(PACKAGE)
-    if version is None:
-        return packages.absence(PACKAGE, EXTRA)
-    return [] if packages.at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

@@ -58,13 +58,13 @@ def why_not(call: AttentionCall) -> list[str]:
             reasons.append(f"window {call.window} that is not causal")
         if call.varlen:
             reasons.append("ragged lengths lie on the device, plan() needs them on the host")
-        reasons += _missing()
+        reasons += packages.missing(PACKAGE, OLDEST, EXTRA)
     return reasons
 
 
 def unavailable() -> list[str]:
     """Reasons why it can run nothing on this machine."""
-    return [*why_not_here(fa2_limits(OLDEST)), *_missing()]
+    return [*why_not_here(fa2_limits(OLDEST)), *packages.missing(PACKAGE, OLDEST, EXTRA)]
 
 
 def broken() -> list[str]:
@@ -145,10 +145,3 @@ def planned(
     )
     ragged.plan(qo_indptr=starts * q_len, kv_indptr=starts * kv_len, **flags)
     return ragged.run
-
-
-def _missing() -> list[str]:
-    version = packages.version_of(PACKAGE)
-    if version is None:
-        return packages.absence(PACKAGE, EXTRA)
-    return [] if packages.at_least(version, OLDEST) else [f"{PACKAGE} {version} (needs {OLDEST} or newer)"]

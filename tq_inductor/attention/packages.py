@@ -38,11 +38,12 @@ def at_least(version: str, lowest: str) -> bool:
     return TorchVersion(version) >= TorchVersion(lowest)
 
 
-def absence(distribution: str, extra: str) -> list[str]:
-    """Why a distribution is not here, if it is not."""
-    if version_of(distribution) is None:
+def missing(distribution: str, oldest: str, extra: str) -> list[str]:
+    """Why a distribution of this version or a newer one is not here, if it is not."""
+    version = version_of(distribution)
+    if version is None:
         return [f"{distribution} is not installed (pip install 'tq_inductor[{extra}]')"]
-    return []
+    return [] if at_least(version, oldest) else [f"{distribution} {version} (needs {oldest} or newer)"]
 
 
 def failure(distribution: str, module: str) -> list[str]:

@@ -1,0 +1,462 @@
+"""Checks of the Triton kernels against the reference, and a script that runs them.
+
+    python tests/kernel_checks.py --interpret [GROUP...]   on CPU tensors, in Triton's interpreter
+    python tests/kernel_checks.py [GROUP...] [--shard I/N] on the GPU, the longer list
+
+A script because Triton decides on the interpreter when a kernel is decorated, once per process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    if "--interpret" in sys.argv:
+        os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+import triton.language as tl
+from kernel_cases import (
+    APPEND_GPU,
+    APPEND_INTERPRETED,
+    ATTEND_GPU,
+    ATTEND_INTERPRETED,
+    BF16,
+    DECODE_GPU,
+    DECODE_INTERPRETED,
+    DEQUANTIZE_GPU,
+    DEQUANTIZE_INTERPRETED,
+    FP16,
+    FP32,
+    LARGE_GPU,
+    STORE_GPU,
+    STORE_INTERPRETED,
+    VARLEN_GPU,
+    VARLEN_INTERPRETED,
+    Case,
+    Ragged,
+)
+from tq_inductor.kernels.append import append_and_attend
+from tq_inductor.kernels.bits import fp8_byte
+from tq_inductor.kernels.decode import attend, decode
+from tq_inductor.kernels.dequantize import dequantize
+from tq_inductor.kernels.store import store
+from tq_inductor.kernels.varlen import varlen_attention
+
+from tq_inductor import codec, reference, reference_attention
+from tq_inductor.beside import NOTHING, Beside
+from tq_inductor.format import round_up
+from tq_inductor.rotation import rotation_matrix
+
+
+@contextlib.contextmanager
+def nan_filled_memory():
+    """Memory from `torch.empty` starts as NaN: a place that a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def random_vectors(shape: tuple[int, ...], dtype: torch.dtype, device: str, view: str) -> torch.Tensor:
+    """Normal vectors `[B, H, q, D]`, in memory as `view` says: transposed, strided or dense."""
+    batch, heads, tokens, dim = shape
+    if view == "transposed":
+        return torch.randn(batch, tokens, heads, dim).to(device, dtype).transpose(1, 2)
+    if view == "strided":
+        return torch.randn(batch, heads, dim, tokens).to(device, dtype).transpose(2, 3)
+    return torch.randn(shape).to(device, dtype)
+
+
+def garbage_cache(case: Case, device: str) -> torch.Tensor:
+    """A cache of stale bytes, half of them 0x7F or 0xFF: NaN as codes of 8 or 16 bits and as scales."""
+    nbytes = case.format.slot_bytes * round_up(case.max_len)
+    cache = torch.randint(0, 256, (case.batch, case.kv_heads, nbytes))
+    stale = torch.where(torch.rand(cache.shape) < 0.5, 0xFF, 0x7F)
+    return torch.where(torch.rand(cache.shape) < 0.5, stale, cache).to(torch.uint8).to(device)
+
+
+def lengths(case: Case, device: str) -> torch.Tensor:
+    """`seq_lens` of a case: 0-d for a single length."""
+    lens = case.lens[0] if len(case.lens) == 1 else case.lens
+    return torch.tensor(lens, dtype=torch.int64, device=device)
+
+
+def empty_beside(case: Case) -> Beside:
+    """What is kept beside the cache of a case, on the CPU: some mean, stale tokens, nothing exact yet."""
+    if not any(case.exact):
+        return NOTHING
+    rows = (case.batch, case.kv_heads)
+    mean = torch.randn(*rows, case.dim) * 3
+    exact = torch.full((*rows, sum(case.exact), case.dim + (case.v_dim or case.dim)), float("nan"))
+    exact_from = torch.zeros_like(lengths(case, "cpu"))
+    return Beside(mean.to(case.dtype), exact.to(case.dtype), exact_from, case.exact[0])
+
+
+def moved(beside: Beside, device: str) -> Beside:
+    """A copy on a device."""
+    tensors = [None if x is None else x.to(device, copy=True) for x in beside[:3]]
+    return Beside(*tensors, beside.sink_tokens)
+
+
+def rotations(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotations of keys and values."""
+    fmt = case.format
+    return rotation_matrix(fmt.head_dim, device), rotation_matrix(fmt.v_head_dim, device)
+
+
+def filled_cache(case: Case, device: str) -> tuple[torch.Tensor, Beside]:
+    """A cache that the reference filled with random vectors, garbage past each length; what lies beside."""
+    fmt, tokens = case.format, max(case.lens)
+    cache, beside = garbage_cache(case, "cpu"), empty_beside(case)
+    k = torch.randn(case.batch, case.kv_heads, tokens + case.crop, fmt.head_dim)
+    v = torch.randn(case.batch, case.kv_heads, tokens + case.crop, fmt.v_head_dim)
+    v *= torch.rand(tokens + case.crop, 1) * 3
+    if case.keys == "huge":
+        k[:, :, tokens // 2] *= 8
+    elif case.keys == "equal":
+        k[:] = k[:, :, :1]
+    elif case.keys == "heavy":
+        k *= torch.randn(case.batch, case.kv_heads, tokens, 1).exp()
+        v *= (2 * torch.randn(case.batch, case.kv_heads, tokens, 1)).exp()
+    if any(case.exact):
+        k += beside.k_mean.float()[:, :, None]
+    lens = lengths(case, "cpu")
+    for part, length in ((slice(tokens), lens), (slice(tokens, None), lens + case.crop)):
+        new_k, new_v = k[:, :, part], v[:, :, part]
+        if new_k.shape[2]:
+            reference.store(cache, new_k, new_v, length, *rotations(case, "cpu"), fmt, beside)
+    return cache.to(device), beside
+
+
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, roundings: int = 1
+) -> None:
+    """Relative error of the whole tensor (float64 oracle), NaN and zero rows exactly where expected.
+
+    For 16-bit outputs at most 2e-3, or where operands too are rounded (`roundings` in all, independent
+    of each other) 1.2 times what that many roundings of the oracle to the dtype give.
+    """
+    actual = actual.cpu().to(torch.float64)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN in the wrong places"
+    assert not actual[(expected == 0).all(-1)].any(), "rows that see nothing are not zero"
+    error = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp(min=1e-30)
+    tolerance = 1e-5 if dtype == FP32 else 2e-3
+    if dtype != FP32 and roundings > 1:
+        exact = expected.nan_to_num()
+        rounding = (exact.to(dtype).double() - exact).norm() / exact.norm().clamp(min=1e-30)
+        tolerance = max(tolerance, 1.2 * roundings**0.5 * rounding.item())
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def check_store(case: Case, device: str) -> None:
+    """The bytes are the reference's, but for codes that rounding moves over a decision boundary."""
+    fmt = case.format
+    shape = (case.batch, case.kv_heads, case.q_len)
+    k = random_vectors((*shape, fmt.head_dim), case.dtype, device, "transposed")
+    v = random_vectors((*shape, fmt.v_head_dim), case.dtype, device, "strided")
+    if case.q_len > 8:
+        tiny, huge = (6e-8, 6e4) if case.dtype == FP16 else (1e-30, 1e30)
+        for x in (k, v):
+            for i, factor in enumerate((tiny, huge, 0.0, float("nan"), float("inf"))):
+                x[:, :, 2 + i] *= factor
+            x[0, 0, 7, 1:] = 0  # one-hot: flat after the rotation
+            x[0, 0, 8, -1] = float("nan")
+    before, beside = garbage_cache(case, "cpu"), empty_beside(case)
+    expected, actual, got_beside = before.clone(), before.to(device), moved(beside, device)
+    reference.store(expected, k.cpu(), v.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt, beside)
+    store(actual, k, v, lengths(case, device), *rotations(case, device), fmt, got_beside)
+    if any(case.exact):
+        tolerance = {BF16: 2**-8, FP16: 2**-11, FP32: 1e-5}[case.dtype]
+        assert torch.allclose(got_beside.k_mean.cpu(), beside.k_mean, rtol=tolerance, atol=1e-6), "mean"
+        copies = [x.exact.cpu().nan_to_num(nan=7.0) for x in (got_beside, beside)]
+        assert torch.equal(*copies), "exact tokens"
+        assert torch.equal(got_beside.exact_from.cpu(), beside.exact_from), "exact_from"
+    old, want, got = (reference._planes(x.cpu(), fmt) for x in (before, expected, actual))
+    slot = torch.arange(round_up(case.max_len))
+    lens = lengths(case, "cpu").expand(case.batch)[:, None]
+    written = ((slot >= lens - case.q_len) & (slot < lens))[:, None].expand(-1, case.kv_heads, -1)
+    for side, bits in (("k", fmt.k_bits), ("v", fmt.v_bits)):
+        rows = [x[f"{side}_rows"].view(torch.uint8) for x in (old, want, got)]
+        if side == "v" and not fmt.is_lossless:
+            rows = [x.transpose(-1, -2).flatten(2, 3) for x in rows]
+        assert torch.equal(rows[2][~written], rows[0][~written]), f"{side}: another token's bytes"
+        if fmt.is_lossless:
+            values = [x[f"{side}_rows"][written].nan_to_num(7.0) for x in (want, got)]
+            assert torch.equal(*values), f"{side}: not a plain conversion"
+            continue
+        codes = [codec.unpack(x[written], bits) for x in rows[1:]]
+        wrong = (codes[0] != codes[1]).float().mean()
+        assert wrong < 1e-3, f"{side}: {wrong:.2%} of the codes differ"
+        scales = [x[f"{side}_scales"] for x in (old, want, got)]
+        assert torch.equal(*(x[~written].view(torch.int16) for x in scales[::2])), f"{side}: scales"
+        want_scale, got_scale = (x[written].float() for x in scales[1:])
+        close = torch.isclose(got_scale, want_scale, rtol=2**-7, atol=0, equal_nan=True)
+        assert close.all(), f"{side}: {(~close).sum()} scales are more than one bf16 ulp away"
+
+
+def check_dequantize(case: Case, device: str) -> None:
+    """`reference.load` in the dtype asked for, zero past the lengths."""
+    fmt, (cache, beside) = case.format, filled_cache(case, device)
+    with nan_filled_memory():
+        results = dequantize(
+            cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype,
+            moved(beside, device),
+        )  # fmt: skip
+    lens = lengths(case, "cpu")
+    expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    for actual, wanted in zip(results, expected, strict=True):
+        wanted = reference.poison_overfull(wanted, lens, case.max_len)
+        assert actual.dtype == case.dtype
+        assert_close(actual, wanted.double(), case.dtype)
+
+
+def make_mask(case: Case) -> torch.Tensor | None:
+    """The attention mask of a case, with the strides and broadcasting that models use."""
+    slot = torch.arange(case.max_len)
+    lens = lengths(case, "cpu").expand(case.batch).reshape(-1, 1, 1, 1)
+    row = torch.arange(case.batch).reshape(-1, 1, 1, 1)
+    if case.mask == "none":
+        return None
+    if case.mask == "bool":  # no relation to the length: slots past it are keys of zeros
+        return torch.rand(case.q_len, case.max_len) < 0.3
+    if case.mask == "float":
+        bias = torch.randn(case.batch, case.heads, case.max_len, case.q_len).transpose(2, 3)
+        return bias.masked_fill(torch.rand(bias.shape) < 0.3, float("-inf")).to(case.dtype)
+    if case.mask == "row":  # one visible key in the first row, none in the second
+        return (slot == 3) & (row == 0)
+    seen = lens - case.q_len + torch.arange(case.q_len)[:, None]  # [B, 1, q, 1]
+    padding = row * 9
+    return (slot <= seen) & (slot >= padding)
+
+
+def make_bounds(case: Case) -> torch.Tensor | None:
+    """Bounds `[B, q, 2]` of a case: int32, the last dimension contiguous, others as they come."""
+    if case.bounds == "none":
+        return None
+    if case.bounds == "row":  # expanded over the queries, as for a key mask
+        ends = torch.tensor([[5, case.max_len], [3, 40]] * case.batch, dtype=torch.int32)[: case.batch]
+        return ends[:, None].expand(case.batch, case.q_len, 2)
+    if case.bounds == "shared":
+        return torch.tensor([[[3, 40]]], dtype=torch.int32)
+    first = torch.arange(case.q_len) * 7 + torch.arange(case.batch)[:, None] * 30 - 8
+    bounds = torch.stack((first, first + 45), -1).to(torch.int32)
+    bounds[0, -1] = torch.tensor([case.max_len + 3, case.max_len + 9])
+    return bounds
+
+
+def on(device: str, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tensors on a device; None stays None."""
+    return [None if x is None else x.to(device) for x in tensors]
+
+
+def make_sinks(case: Case) -> torch.Tensor | None:
+    """One score for each head, not one behind the other in memory."""
+    return (torch.randn(case.heads, 2) * 2)[:, 0] if case.sinks else None
+
+
+def check_decode(case: Case, device: str) -> None:
+    """Attention in float64 over what the reference loads from the same bytes."""
+    fmt, (cache, beside) = case.format, filled_cache(case, device)
+    q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
+    mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
+    scale = 1.5 / case.dim**0.5
+    with nan_filled_memory():
+        actual = decode(
+            q, cache, lengths(case, device), *rotations(case, device), *on(device, mask, bounds, sinks),
+            fmt, case.max_len, scale, moved(beside, device),
+        )  # fmt: skip
+    assert actual.dtype == case.dtype
+    lens = lengths(case, "cpu")
+    k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    if mask is None and bounds is None:
+        bounds = reference.last_tokens(lens, case.batch, case.q_len)
+    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
+    expected = reference.poison_overfull(expected, lens, case.max_len)
+    assert_close(actual, expected, case.dtype)
+
+
+def check_append(case: Case, device: str) -> None:
+    """What is stored is `store`'s, and the result, the same each time, is the attention over it."""
+    fmt, (cache, beside) = case.format, filled_cache(case, device)
+    lens, turns = lengths(case, device), rotations(case, device)
+    q, k, v = (
+        random_vectors((case.batch, heads, case.q_len, dim), case.dtype, device, "transposed")
+        for heads, dim in (
+            (case.heads, case.dim),
+            (case.kv_heads, case.dim),
+            (case.kv_heads, fmt.v_head_dim),
+        )
+    )
+    stored, stored_beside, beside = cache.clone(), moved(beside, device), moved(beside, device)
+    store(stored, k, v, lens, *turns, fmt, stored_beside)
+    scale = 1.5 / case.dim**0.5
+    last = (None, None, None, fmt, case.max_len, scale, beside)
+    with nan_filled_memory():
+        actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
+    again = append_and_attend(cache, q, k, v, lens, *turns, *last)
+    assert torch.equal(actual.nan_to_num(7.0), again.nan_to_num(7.0)), "another result for the same inputs"
+    assert torch.equal(cache, stored)
+    for mine, other in zip(beside[:3], stored_beside[:3], strict=True):
+        assert mine is None or torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)), "beside"
+    lens, beside = lens.cpu(), moved(beside, "cpu")
+    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    bounds = reference.last_tokens(lens, case.batch, case.q_len)
+    expected = float64_attention(q, keys, values, None, bounds, None, scale)
+    assert_close(actual, reference.poison_overfull(expected, lens, case.max_len), case.dtype)
+
+
+def check_large(case: Case, device: str) -> None:
+    """The last tokens of a cache whose bytes lie past 2**31 are read as those of a small one."""
+    fmt, shape = case.format, (case.batch, case.kv_heads, case.lens[0], case.dim)
+    q = torch.randn(case.batch, case.heads, 1, case.dim).to(device, case.dtype)
+    k, v = torch.randn(2, *shape).to(device, case.dtype)
+    results = []
+    for length in (round_up(case.lens[0]), case.max_len):
+        cache = torch.zeros(*shape[:2], fmt.slot_bytes * length, dtype=torch.uint8, device=device)
+        lens, turns = torch.tensor(length, device=device), rotations(case, device)
+        store(cache, k, v, lens, *turns, fmt)
+        bounds = torch.tensor([[[length - case.lens[0], length]]], dtype=torch.int32, device=device)
+        last = (x[:, :, -1:] for x in (k, v))
+        results.append(
+            append_and_attend(cache, q, *last, lens, *turns, None, bounds, None, fmt, length, 0.1)
+        )
+    assert_close(results[1], results[0].double().cpu(), case.dtype)
+
+
+def check_attend(case: Case, device: str) -> None:
+    """Attention in float64 over plain keys and values, with NaN where nothing may read."""
+    q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
+    mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
+    k, v = (
+        torch.randn(case.batch, case.max_len, case.kv_heads, d).to(device, case.dtype).transpose(1, 2)
+        for d in (case.dim, case.v_dim or case.dim)
+    )
+    scale = 1.5 / case.dim**0.5
+    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
+    if bounds is not None and case.bounds == "row":  # no tile of 64 slots reaches it
+        k[1, :, 128:], v[1, :, 128:] = float("nan"), float("nan")
+    with nan_filled_memory():
+        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale)
+    assert actual.dtype == case.dtype
+    assert_close(actual, expected, case.dtype, roundings=2)  # the weights, the result
+
+
+def float64_attention(q, k, v, mask, bounds, sinks, scale) -> torch.Tensor:
+    """The reference on a CPU in float64."""
+    visible, bias = reference.visible_keys(mask, bounds, k.shape[2])
+    inputs = (x.cpu().double() for x in (q, k, v))
+    return reference.attention(*inputs, visible, scale, None if bias is None else bias.double(), sinks)
+
+
+def check_varlen(case: Ragged, device: str) -> None:
+    """`reference_attention.varlen_attention` in float32 inside, from float64 inputs where it matters."""
+    tokens_q, tokens_k = sum(case.q_lens) + 3, sum(case.k_lens) + 3  # three that no sequence has
+    q = torch.randn(case.heads, tokens_q, case.dim).to(device, case.dtype).transpose(0, 1)
+    k = torch.randn(tokens_k, case.kv_heads, case.dim).to(device, case.dtype)
+    v = torch.randn(tokens_k, case.kv_heads, case.v_dim).to(device, case.dtype)
+    starts = [
+        torch.tensor([0, *lens], device=device).cumsum(0).to(torch.int32)
+        for lens in (case.q_lens, case.k_lens)
+    ]
+    k[starts[1][-1] :], v[starts[1][-1] :] = float("nan"), float("nan")
+    sizes = (max(case.q_lens), max(case.k_lens), case.causal, case.dim**-0.5)
+    with nan_filled_memory():
+        actual = varlen_attention(q, k, v, *starts, *sizes)
+    assert actual.dtype == case.dtype
+    inputs = (x.cpu().float() for x in (q, k, v))
+    expected = reference_attention.varlen_attention(*inputs, *(x.cpu() for x in starts), *sizes)
+    assert_close(actual, expected.double(), case.dtype, roundings=2)  # the weights, the result
+
+
+@triton.jit
+def fp8_byte_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(out_ptr + place, fp8_byte(tl.load(x_ptr + place)).to(tl.uint8))
+
+
+def check_fp8(case: str, device: str) -> None:
+    """`fp8_byte` is torch's conversion: every value, every tie and its neighbours, both signs."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (0.0, 1e3)]
+    x = torch.cat([values, ties, *beside])
+    x = torch.cat([x, -x, torch.zeros(1024 - 2 * len(x))])
+    out = torch.zeros(1024, dtype=torch.uint8, device=device)
+    fp8_byte_kernel[(1,)](x.to(device), out, BLOCK=1024)
+    assert torch.equal(out.cpu(), x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+GROUPS = {
+    "fp8": (check_fp8, ["every value and tie"], ["every value and tie"]),
+    "store": (check_store, STORE_INTERPRETED, STORE_GPU),
+    "dequantize": (check_dequantize, DEQUANTIZE_INTERPRETED, DEQUANTIZE_GPU),
+    "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
+    "append": (check_append, APPEND_INTERPRETED, APPEND_GPU),
+    "large": (check_large, [], LARGE_GPU),
+    "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
+    "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),
+}
+
+
+def run(check, case, device: str) -> None:
+    """One case, with its own seed."""
+    torch.manual_seed(0)
+    check(case, device)
+
+
+def run_all(groups: list[str], device: str, shard: str) -> int:
+    """Run the cases of `groups`, print a line each; the number of failures."""
+    part, parts = map(int, shard.split("/"))
+    failures = 0
+    todo = [(g, c) for g in groups for c in GROUPS[g][1 if device == "cpu" else 2]]
+    for group, case in todo[part::parts]:
+        started = time.perf_counter()
+        try:
+            run(GROUPS[group][0], case, device)
+            result = "ok"
+        except Exception as error:
+            failures += 1
+            result = f"FAILED: {type(error).__name__}: {error}"
+        print(f"{group:10} {case} ({time.perf_counter() - started:.1f} s) {result}", flush=True)
+    print(f"{failures} of {len(todo[part::parts])} cases failed")
+    return failures
+
+
+def repair_interpreter() -> None:
+    """Let `range()` over tensors work: Triton 3.6 calls `int(array)`, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_repair
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all")
+    parser.add_argument("--interpret", action="store_true", help="on the CPU")
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth case from the Ith")
+    options = parser.parse_args()
+    if options.interpret:
+        repair_interpreter()
+    device = "cpu" if options.interpret else "cuda"
+    return min(1, run_all(options.groups or list(GROUPS), device, options.shard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
