@@ -1,7 +1,8 @@
 """Whether a graph leaves keys and values behind for later steps: in a cache that it writes, or as outputs.
 
-Such a prefill graph must not become a CUDA graph: what it leaves would live in the graph's memory pool, and
-be overwritten by the next run. An encoder leaves nothing.
+What a CUDA graph returns lives in its memory pool, and is overwritten by the next run: a graph that returns
+keys (of a cache that grows, or that it made) must not become one. A prefill graph that writes to a cache
+need not: it runs once per prompt. An encoder leaves nothing.
 """
 
 from __future__ import annotations
@@ -21,19 +22,32 @@ RESHAPING = (
 
 def keeps_keys(gm: fx.GraphModule) -> bool:
     """Whether any graph of `gm` writes to a tensor of 3 or more dimensions or returns keys or values."""
-    return any(_keeps_keys(m.graph) for m in gm.modules() if isinstance(m, fx.GraphModule))
+    return returns_keys(gm) or any(_writes_state(graph) for graph in _graphs(gm))
 
 
-def _keeps_keys(graph: fx.Graph) -> bool:
+def returns_keys(gm: fx.GraphModule) -> bool:
+    """Whether any graph of `gm` returns keys or values that are not in the memory of its inputs."""
+    return any(_returns_keys(graph) for graph in _graphs(gm))
+
+
+def _graphs(gm: fx.GraphModule) -> list[fx.Graph]:
+    return [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+
+
+def _writes_state(graph: fx.Graph) -> bool:
+    values = (value_of(tensor) for node in graph.nodes for tensor in written(node))
+    return any(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in values)
+
+
+def _returns_keys(graph: fx.Graph) -> bool:
     kept = [operand for call in find_calls(graph) for operand in (call.key, call.value)]
     outputs: set[int] = set()
     for node in graph.nodes:
-        if any(isinstance(v, torch.Tensor) and v.dim() >= 3 for v in map(value_of, written(node))):
-            return True
-        if calls_op(node, OPS.attend):
+        if calls_op(node, OPS.attend) or calls_op(node, OPS.dense_attn):
             kept += node.args[1:3]  # type: ignore[arg-type]
         if node.op == "output":
             outputs |= storages(*node.all_input_nodes)
+    outputs -= storages(*(node for node in graph.nodes if node.op == "placeholder"))
     return any(_origins(operand) & outputs for operand in kept)
 
 

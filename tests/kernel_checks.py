@@ -1,7 +1,7 @@
 """Checks of the Triton kernels against the reference, and a script that runs them.
 
     python tests/kernel_checks.py --interpret [GROUP...]   on CPU tensors, in Triton's interpreter
-    python tests/kernel_checks.py [GROUP...] [--shard I/N] on the GPU, the longer list
+    python tests/kernel_checks.py [GROUP...] [--shard I/N] on the GPU, the longer list; --small: the same
 
 A script because Triton decides on the interpreter when a kernel is decorated, once per process.
 """
@@ -415,11 +415,11 @@ def run(check, case, device: str) -> None:
     check(case, device)
 
 
-def run_all(groups: list[str], device: str, shard: str) -> int:
+def run_all(groups: list[str], device: str, small: bool, shard: str) -> int:
     """Run the cases of `groups`, print a line each; the number of failures."""
     part, parts = map(int, shard.split("/"))
     failures = 0
-    todo = [(g, c) for g in groups for c in GROUPS[g][1 if device == "cpu" else 2]]
+    todo = [(g, c) for g in groups for c in GROUPS[g][1 if small else 2]]
     for group, case in todo[part::parts]:
         started = time.perf_counter()
         try:
@@ -450,12 +450,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all")
     parser.add_argument("--interpret", action="store_true", help="on the CPU")
+    parser.add_argument("--small", action="store_true", help="the cases of --interpret, on the GPU")
     parser.add_argument("--shard", default="0/1", help="I/N: every Nth case from the Ith")
     options = parser.parse_args()
     if options.interpret:
         repair_interpreter()
     device = "cpu" if options.interpret else "cuda"
-    return min(1, run_all(options.groups or list(GROUPS), device, options.shard))
+    small = options.interpret or options.small
+    return min(1, run_all(options.groups or list(GROUPS), device, small, options.shard))
 
 
 if __name__ == "__main__":

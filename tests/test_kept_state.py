@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tq_inductor.lowering.kept_state import keeps_keys
+from tq_inductor.lowering.kept_state import keeps_keys, returns_keys
 from tq_inductor.lowering.rewrite import rewrite
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -21,12 +21,12 @@ def small(name, auto=AutoModelForCausalLM, **config):
     return auto.from_config(AutoConfig.for_model(name, **config)).eval()
 
 
-def keeps(model, *args, **kwargs):
+def keeps(model, *args, what=keeps_keys, **kwargs):
     found = []
 
     def backend(gm, example_inputs):
         rewrite(gm, {"prefill": "auto", "decode": "auto"})
-        found.append(keeps_keys(gm))
+        found.append(what(gm))
         return gm.forward
 
     torch._dynamo.reset()
@@ -48,6 +48,19 @@ def test_prefill_into_a_cache_keeps_keys(kind, initialised):
         cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
     assert keeps(model, IDS, past_key_values=cache)
     assert keeps(model, IDS)  # a DynamicCache is returned
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "turboquant"])
+def test_a_decode_step_returns_keys_of_a_growing_cache_only(kind):
+    model = small("llama", num_key_value_heads=2)
+    cache = {
+        "static": lambda: StaticCache(config=model.config, max_cache_len=32),
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "turboquant": lambda: TurboQuantCache(model.config, 32),
+    }[kind]()
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+    assert keeps(model, IDS[:, :1], past_key_values=cache, what=returns_keys) == (kind == "dynamic")
 
 
 def test_encoders_keep_nothing():

@@ -17,7 +17,7 @@ from torch import fx, nn
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
 from .errors import NoAttentionBackendError
 from .lowering.growing_inputs import Split, split_growing_inputs
-from .lowering.kept_state import keeps_keys
+from .lowering.kept_state import keeps_keys, returns_keys
 from .lowering.length_checks import check_lengths
 from .lowering.rewrite import rewrite
 from .options import PHASES, parse_options
@@ -48,7 +48,7 @@ def turboquant(
     if parsed.strict and report.left:
         raise NoAttentionBackendError(f"strict: attention calls were left unrewritten\n{report}")
     patches = dict(parsed.inductor)
-    if any(row.phase == "prefill" for row in report.rows) and keeps_keys(gm):
+    if returns_keys(gm) or (any(row.phase == "prefill" for row in report.rows) and keeps_keys(gm)):
         # Prefill runs once per prompt: a CUDA graph gains nothing, and a cache made inside the graph
         # would live, and die, in the CUDA graph's memory pool.
         patches["triton.cudagraphs"] = False
