@@ -30,7 +30,7 @@ def run_tool(sanitizer: str, tool: str, processes: int) -> dict[str, Any]:
     command = [sanitizer, "--tool", tool, "--target-processes", "application-only", "--print-limit", "10"]
     running = [
         subprocess.Popen(
-            [*command, sys.executable, "-P", str(CHECKS), "--small", "--shard", f"{i}/{processes}"],
+            [*command, sys.executable, str(CHECKS), "--small", "--shard", f"{i}/{processes}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
