@@ -5,7 +5,8 @@
 A step of ours appends the new token, rotates queries and output, and reduces the splits; cuDNN's only
 attends. Needs an NVIDIA GPU. Writes `decode.json`: medians of CUDA-graph replays over caches that together
 exceed the L2 cache, the spread, copy bandwidth, the ratio of each to cuDNN, the same with exact tokens
-beside the packed ones, and what caches that are filled to a quarter take of the time of full ones.
+beside the packed ones, what caches that are filled to a quarter take of the time of full ones, and other
+packages' attention over 16-bit and fp8 caches. `decode_plot.py` draws it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from decode_peers import COLD_BYTES, time_peers
 from evidence import RESULTS, copy_bandwidth, environment, replay_times, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,7 +48,7 @@ OTHER_HEADS = (
     Shape(8, 32768, 32, 8, 64),
     Shape(8, 16384, 32, 8, 256),
 )
-COLD_BYTES = 256 << 20
+PEER_SHAPES = (Shape(8, 32768), Shape(64, 4096), Shape(1, 32768))
 FLOOR_TERABYTES = 4.3  # per second: what cuDNN reads its bytes at
 
 
@@ -130,6 +132,7 @@ def main() -> None:
         "shapes": shapes,
         "filled_to_a_quarter": {name: time_quarter(name, shapes[0]) for name in ("k4v4", "bf16")},
         "other_heads": [time_shape(shape, ("k4v4",)) for shape in OTHER_HEADS],
+        "peers": [{**shape._asdict(), **time_peers(*shape)} for shape in PEER_SHAPES],
     }
     write_result("decode", result, args.out)
 
