@@ -42,9 +42,9 @@ def run_tool(sanitizer: str, tool: str, processes: int) -> dict[str, Any]:
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
     if len(summaries) < processes:
         raise RuntimeError(f"{tool} ended without a summary:\n{printed[-4000:]}")
-    found = [line for line in printed.splitlines() if line.startswith("=========")]
-    if any(map(int, summaries)):
-        print("\n".join(found[:200]))
+    for output, errors in zip(outputs, map(int, summaries), strict=True):
+        if errors:
+            print(output)
     return {
         "cases": len(re.findall(r"s\) (?:ok|FAILED)", printed)),
         "failed": [line for line in printed.splitlines() if "FAILED" in line],

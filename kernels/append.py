@@ -27,7 +27,7 @@ def append_and_attend(
     beside: Beside = NOTHING,
 ) -> torch.Tensor:
     """`store`, then `decode`."""
-    if q.numel() == 0 or q.shape[2] != k.shape[2] or not takes(q, fmt, cache.shape[1], attn_mask):
+    if q.numel() == 0 or q.shape[2] != k.shape[2] or not takes(q, fmt, cache.shape[1], attn_mask, bounds):
         store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
         visible = (attn_mask, bounds, sinks)
         return decode(q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, beside)
@@ -35,6 +35,7 @@ def append_and_attend(
     with torch.cuda.device_of(q):
         queries = store_and_rotate(cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside)
         attend_by_warps(
-            out, q, queries, cache, seq_lens, v_rotation, bounds, sinks, fmt, max_len, scale, beside
-        )
+            out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
+            beside,
+        )  # fmt: skip
     return out

@@ -36,7 +36,15 @@ from .bits import (
     operand_dtype,
 )
 from .decode_query import rotate_queries
-from .decode_reduce import LOG2_E, NO_MASK, load_mask, mask_arguments, reduce_splits
+from .decode_reduce import (
+    LOG2_E,
+    NO_MASK,
+    expand_bounds,
+    has_whole,
+    load_mask,
+    mask_arguments,
+    reduce_splits,
+)
 from .decode_warp import attend_by_warps, sm_count, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
@@ -158,8 +166,8 @@ def decode_split_kernel(
     K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr,
     OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, V_GROUP: tl.constexpr,
     HEADS: tl.constexpr, HAS_LENS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -184,6 +192,9 @@ def decode_split_kernel(
     high = low + max_len
     if HAS_BOUNDS:
         bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
+        if HAS_WHOLE:  # the mask lets all of these through
+            whole_low = tl.load(bounds_ptr + 2, mask=valid, other=0)
+            whole_high = tl.load(bounds_ptr + 3, mask=valid, other=0)
         low = tl.maximum(tl.load(bounds_ptr, mask=valid, other=0), 0)
         high = tl.minimum(tl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
     elif HAS_LENS and MASK == NO_MASK:  # the queries are the last tokens
@@ -240,8 +251,14 @@ def decode_split_kernel(
             )  # fmt: skip
         else:
             ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
-            let_through, bias = load_mask(ptrs, valid[:, None] & (slots < max_len)[None, :], MASK)
-            visible = visible & let_through
+            inside = valid[:, None] & (slots < max_len)[None, :]
+            if HAS_WHOLE:
+                whole = (slots[None, :] >= whole_low[:, None]) & (slots[None, :] < whole_high[:, None])
+                let_through, bias = load_mask(ptrs, inside & ~whole, MASK)
+                visible = visible & (let_through | whole)
+            else:
+                let_through, bias = load_mask(ptrs, inside, MASK)
+                visible = visible & let_through
             if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
                 acc, total, peak = attend_tile(
                     acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr,
@@ -301,13 +318,14 @@ def decode(
     out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     if out.numel() == 0:
         return out
-    bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
-    if takes(q, fmt, cache.shape[1], attn_mask):
+    bounds = expand_bounds(bounds, q)
+    if takes(q, fmt, cache.shape[1], attn_mask, bounds):
         with torch.cuda.device_of(q):
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
             attend_by_warps(
-                out, q, queries, cache, seq_lens, v_rotation, bounds, sinks, fmt, max_len, scale, beside
-            )
+                out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
+                beside,
+            )  # fmt: skip
         return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
@@ -339,7 +357,7 @@ def attend(
     The arguments are those of `reference.attend`.
     """
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    bounds = None if bounds is None else bounds.expand(q.shape[0], q.shape[2], 2)
+    bounds = expand_bounds(bounds, q)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
         visible = (attn_mask, bounds, sinks, k.shape[2], scale)
@@ -399,8 +417,8 @@ def _launch(
         K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, MASK=mask_kind, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=block_d, BLOCK_DV=block_dv,
+        HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, attn_mask), MASK=mask_kind,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
         **early_launch(q.device),

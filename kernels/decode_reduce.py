@@ -35,6 +35,21 @@ def load_mask(ptrs, inside, MASK: tl.constexpr):
     return visible, bias
 
 
+def expand_bounds(bounds: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """`bounds` with a row for each row of the batch and token of q `[B, H, q, D]`."""
+    return None if bounds is None else bounds.expand(q.shape[0], q.shape[2], bounds.shape[2])
+
+
+def has_whole(bounds: torch.Tensor | None, attn_mask: torch.Tensor | None) -> bool:
+    """Whether `bounds` say where a bool mask need not be read."""
+    return (
+        bounds is not None
+        and bounds.shape[2] == 4
+        and attn_mask is not None
+        and attn_mask.dtype == torch.bool
+    )
+
+
 def mask_arguments(
     attn_mask: torch.Tensor | None, q: torch.Tensor, max_len: int
 ) -> tuple[int, torch.Tensor, tuple[int, ...]]:
@@ -243,9 +258,11 @@ def reduce_splits(
     from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     block_d, block_k = triton.next_power_of_2(dv), triton.next_power_of_2(dim)
-    rotation = NONE if v_rotation is None else HADAMARD if block_d == dv else MATRIX
+    rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 32 else MATRIX
     padded = triton.next_power_of_2(splits)
     num_warps = 16 if padded > 64 else 4 if padded > 4 or exact is not None else 1
+    if rotation == HADAMARD:  # a value a thread: more would exchange the same values twice
+        num_warps = min(num_warps, block_d // 32)
     if transformed:
         rotation = SIGNS
     if rotation in (NONE, SIGNS):

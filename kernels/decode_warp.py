@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
-from .decode_reduce import reduce_splits
+from .decode_reduce import expand_bounds, has_whole, mask_arguments, reduce_splits
 from .warp_tiles import (
     copy_keys,
     copy_values,
@@ -102,10 +102,10 @@ def hadamard(tiles, COUNT: gl.constexpr):
 
 @gluon.jit
 def attend_tile(
-    acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
+    acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, mask, start, end,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr,
     K_ROW: gl.constexpr, V_ROW: gl.constexpr, K_PLANE: gl.constexpr, V_DIM: gl.constexpr,
-    MMA: gl.constexpr,
+    HAS_MASK: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` are those of the next tile."""
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -133,6 +133,9 @@ def attend_tile(
     if (start < whole_from) | (start + TILE > whole_to):
         here = start + place_byte(gl.arange(0, TILE, layout=TOKENS), 16)
         inside = (here[:, None] >= low[None, :]) & (here[:, None] < high[None, :])
+        if HAS_MASK:
+            let_through = gl.load(mask[0] + here.to(gl.int64) * mask[1], mask=here < end, other=0) != 0
+            inside = inside & let_through[:, None]
         s = gl.where(inside, s, float("-inf"))
         v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
     new_peak = gl.maximum(peak, gl.max(s, axis=0))
@@ -185,13 +188,14 @@ def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
+    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr, partial_ptr,
+    log_ptr, cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
+    mask_stride_b, mask_stride_n,
     v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
     HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
+    HAS_MASK: gl.constexpr, N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -264,6 +268,9 @@ def warp_split_kernel(
     # Tiles between these need no mask: every row sees all of them.
     whole_from = gl.max(gl.where(valid, low, 0), axis=0)
     whole_to = gl.min(gl.where(valid, high, filled), axis=0)
+    if HAS_MASK:
+        whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
+        whole_to = gl.minimum(whole_to, gl.min(gl.load(bounds_ptr + 3, mask=valid, other=filled), axis=0))
 
     place_k = gl.arange(0, K_PLANE, layout=gl.SliceLayout(1, SECOND))[:, None]
     column = gl.program_id(0) // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
@@ -278,6 +285,7 @@ def warp_split_kernel(
         v_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(V_LO)], gl.int32, False, 1)
 
     tables, sees = (k_table, v_table), (low, high, filled, whole_from, whole_to)
+    mask = (mask_ptr + batch * mask_stride_b, mask_stride_n)
 
     # [16 values, row] each: of 16 byte columns, of each code of a byte.
     acc = (gl.zeros([16, N], gl.float32, MMA),) * (V_DIM // 16)
@@ -287,8 +295,8 @@ def warp_split_kernel(
     for start in range(first, end, TILE):
         ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
         acc, total, peak, largest = attend_tile(
-            acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
-            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, MMA,
+            acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, mask, start, end,
+            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, HAS_MASK, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
     if PDL:
@@ -320,10 +328,16 @@ def shared_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) - 1024
 
 
-def takes(q: torch.Tensor, fmt: KVFormat, kv_heads: int, attn_mask: torch.Tensor | None) -> bool:
-    """Whether this kernel attends for q `[B, H, q, D]`."""
+def takes(
+    q: torch.Tensor,
+    fmt: KVFormat,
+    kv_heads: int,
+    attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+) -> bool:
+    """Whether this kernel attends for q `[B, H, q, D]`: without a mask, or with one over keys."""
     return (
-        attn_mask is None
+        (attn_mask is None or (has_whole(bounds, attn_mask) and attn_mask.shape[-3:-1].numel() == 1))
         and not fmt.is_lossless
         and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
         # Of these the signs are half a piece.
@@ -358,6 +372,7 @@ def warp_split(
     factors: torch.Tensor,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
+    attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
     q_len: int,
     fmt: KVFormat,
@@ -388,15 +403,17 @@ def warp_split(
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
     exact_from = beside.exact_from
+    _, mask, (mask_stride_b, _, _, mask_stride_n) = mask_arguments(attn_mask, queries, max_len)
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
         queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
-        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
+        queries if bounds is None else bounds, mask, partial, logs, *cache.stride()[:2],
         seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
+        *((0, 0) if bounds is None else bounds.stride()[:2]), mask_stride_b, mask_stride_n, *offsets, rows,
+        q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, N=columns,
+        HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, N=columns,
         SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=65536 // 32 // WARPS - 1,
         **early_launch(queries.device),
     )  # fmt: skip
@@ -410,6 +427,7 @@ def attend_by_warps(
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     v_rotation: torch.Tensor,
+    attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
     sinks: torch.Tensor | None,
     fmt: KVFormat,
@@ -418,12 +436,12 @@ def attend_by_warps(
     beside: Beside,
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`; `queries` are `rotate_queries`'s of q `[B, H, q, D]`."""
-    batch, heads, q_len, _ = out.shape
-    bounds = None if bounds is None else bounds.expand(batch, q_len, 2)
+    _, heads, q_len, _ = out.shape
+    bounds = expand_bounds(bounds, q)
     partial, logs = warp_split(
-        *queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device), beside
+        *queries, cache, seq_lens, attn_mask, bounds, q_len, fmt, max_len, sm_count(out.device), beside
     )
     reduce_splits(
-        out, partial, logs, q, seq_lens, v_rotation, None, bounds, sinks, heads // cache.shape[1], max_len,
-        scale, beside, transformed=True,
+        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // cache.shape[1],
+        max_len, scale, beside, transformed=True,
     )  # fmt: skip

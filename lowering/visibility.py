@@ -3,7 +3,8 @@
 - bounds, int32 `[B, q, 2]` or broadcastable to it: query i of row b sees keys k with
   `bounds[b, i, 0] <= k < bounds[b, i, 1]`. Computed from a few numbers; where the mask is not understood,
   from the first and last key that it shows to each query (to a few queries: to any of them), so that no
-  kernel reads what nobody sees.
+  kernel reads what nobody sees. Then two more say between which keys it hides none: nearly always all of
+  these, since masks are padding at one end, and no kernel need read the mask.
 - a mask `[B, 1, 1, L]` over keys, or the mask itself where it is more than that.
 
 Both are computed where the mask is, once for all layers that share it.
@@ -108,33 +109,40 @@ class Visibility:
         return _joined(write, emit.tensor(form.lower or ZERO), emit.tensor(form.upper or EVERYTHING))
 
     def _of_extent(self, write: GraphWriter, sdpa: SDPANode, form: MaskForm, mask: fx.Node) -> fx.Node:
-        """The interval, cut to the first and last key that a mask shows to any head."""
+        """The interval, cut to the first and last key that a mask shows to any head; and the whole part."""
         emit = _Emitter(write, sdpa)
         seen = mask
         if value_of(mask).dim() < 4:
             seen = write.call(operator.getitem, seen, (None,) * (4 - value_of(mask).dim()))
         heads, rows = value_of(seen).shape[1:3]
+        alike = is_one(heads)  # what is seen is what each query sees
         if not is_one(heads):
             seen = write.call("any", seen, 1, keepdim=True)
         if isinstance(rows, int) and 1 < rows <= MAX_JOINT_QUERIES:
             seen = write.call("any", seen, 2, keepdim=True)
+            alike = False
         key = emit.tensor(Index(KEY))
         last = write.call(torch.where, seen, write.call(operator.add, key, 1), 0)
         first = write.call(torch.where, seen, key, emit.size(KEY))
         upper = write.call("amax", last, -1, keepdim=True)
         lower = write.call("amin", first, -1, keepdim=True)
+        whole = ()
+        if alike:
+            held = write.call("sum", seen, -1, keepdim=True)
+            no_gap = write.call(operator.eq, held, write.call(operator.sub, upper, lower))
+            whole = (lower, write.call(torch.where, no_gap, upper, 0))
         if form.lower is not None:
             lower = write.call(torch.maximum, lower, emit.tensor(form.lower))
         if form.upper is not None:
             upper = write.call(torch.minimum, upper, emit.tensor(form.upper))
-        return _joined(write, lower, upper)
+        return _joined(write, lower, upper, *whole)
 
 
-def _joined(write: GraphWriter, lower: fx.Node, upper: fx.Node) -> fx.Node:
+def _joined(write: GraphWriter, *ends: fx.Node) -> fx.Node:
     """Bounds of `[B|1, 1, q|1, 1]` ends."""
-    ends = write.call(torch.broadcast_tensors, lower, upper)
-    both = write.call(torch.cat, [write.call(operator.getitem, ends, i) for i in (0, 1)], -1)
-    return write.call("to", write.call("squeeze", both, 1), torch.int32)
+    alike = write.call(torch.broadcast_tensors, *ends)
+    joined = write.call(torch.cat, [write.call(operator.getitem, alike, i) for i in range(len(ends))], -1)
+    return write.call("to", write.call("squeeze", joined, 1), torch.int32)
 
 
 def _size_of_axis(sdpa: SDPANode, axis: int) -> tuple[fx.Node, int] | int | None:

@@ -18,9 +18,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case:
     """One set of shapes. `lens` are the tokens in each row, one of them: a 0-d `seq_lens`.
 
-    mask: none, bool, left (left padding, past the length too), float, row (an almost empty one).
+    mask: none, bool, left (left padding, past the length too), float, row (an almost empty one), keys (left
+        padding, over keys), holes (the same, with gaps in all rows but the first).
     bounds: none, window (past the end too; one query sees nothing), row (the same for all queries), shared
-        (by the rows of the batch too).
+        (by the rows of the batch too), scan (from the first to the last key of the mask, causal, and where
+        it has no gap).
     keys: random, huge (one key is eight times as long), equal (one key at all places), heavy (norms of keys
         and values over some orders of magnitude).
     exact: sink and recent tokens kept as they came; with any, keys have a mean too.
@@ -108,6 +110,8 @@ DECODE_INTERPRETED = [
     Case("k2v2", 16, q_len=2, lens=(90, 33), mask="left", dtype=FP32, exact=(4, 16), crop=9),
     Case("k4v4", 16, heads=6, q_len=2, lens=(50, 20), max_len=40, dtype=FP32, exact=(4, 8)),  # overfull
     Case("k4v4", 32, q_len=2, lens=(70, 99), mask="bool", bounds="row", dtype=FP32, exact=(1, 20), crop=30),
+    Case("k4v4", 16, q_len=2, lens=(140, 90), mask="keys", bounds="scan", dtype=FP32),
+    Case("k2v3", 16, lens=(140, 90), mask="holes", bounds="scan", dtype=FP16, exact=(2, 20)),
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
@@ -115,6 +119,7 @@ ATTEND_INTERPRETED = [
     Case("", 16, q_len=2, max_len=100, bounds="shared", dtype=FP16),
     Case("", 80, 16, heads=7, kv_heads=1, q_len=2, max_len=200, mask="bool", bounds="row", dtype=FP32),
     Case("", 16, q_len=1, max_len=90, mask="float", dtype=FP32),
+    Case("", 16, q_len=2, lens=(200, 90), max_len=200, mask="holes", bounds="scan", dtype=FP32),
 ]
 
 _DTYPES = (BF16, FP16, FP32)
@@ -177,6 +182,22 @@ DECODE_GPU = [
         )
     ),
     Case("k2v2", 256, heads=14, lens=(300, 400), max_len=310),  # the second row is overfull
+    *(
+        Case(
+            name,
+            128,
+            heads=8,
+            q_len=q,
+            lens=(900, 129, 33),
+            max_len=1000,
+            mask=mask,
+            bounds="scan",
+            exact=exact,
+        )
+        for name, exact in (("k4v4", (0, 0)), ("k8v2", (4, 32)), ("bf16", (0, 0)), ("k4v4", (4, 0)))
+        for q in (1, 4, 40)
+        for mask in ("keys", "holes")
+    ),
     *(
         Case(
             name,

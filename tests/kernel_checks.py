@@ -235,15 +235,26 @@ def make_mask(case: Case) -> torch.Tensor | None:
         return bias.masked_fill(torch.rand(bias.shape) < 0.3, float("-inf")).to(case.dtype)
     if case.mask == "row":  # one visible key in the first row, none in the second
         return (slot == 3) & (row == 0)
-    seen = lens - case.q_len + torch.arange(case.q_len)[:, None]  # [B, 1, q, 1]
     padding = row * 9
+    if case.mask in ("keys", "holes"):
+        held = (slot < lens) & (slot >= padding)
+        return held & ((torch.rand(held.shape) < 0.8) | (row == 0)) if case.mask == "holes" else held
+    seen = lens - case.q_len + torch.arange(case.q_len)[:, None]  # [B, 1, q, 1]
     return (slot <= seen) & (slot >= padding)
 
 
-def make_bounds(case: Case) -> torch.Tensor | None:
+def make_bounds(case: Case, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Bounds `[B, q, 2]` of a case: int32, the last dimension contiguous, others as they come."""
     if case.bounds == "none":
         return None
+    if case.bounds == "scan":
+        seen = mask[:, 0]  # [B, 1, L]
+        slot = torch.arange(case.max_len)
+        low, high = torch.where(seen, slot, case.max_len).amin(-1), torch.where(seen, slot + 1, 0).amax(-1)
+        last = lengths(case, "cpu").expand(case.batch)[:, None] - case.q_len + 1 + torch.arange(case.q_len)
+        whole = torch.where(seen.sum(-1) == high - low, high, 0)
+        ends = torch.broadcast_tensors(low, torch.minimum(high, last), low, whole)
+        return torch.stack(ends, -1).to(torch.int32)
     if case.bounds == "row":  # expanded over the queries, as for a key mask
         ends = torch.tensor([[5, case.max_len], [3, 40]] * case.batch, dtype=torch.int32)[: case.batch]
         return ends[:, None].expand(case.batch, case.q_len, 2)
@@ -269,7 +280,8 @@ def check_decode(case: Case, device: str) -> None:
     """Attention in float64 over what the reference loads from the same bytes."""
     fmt, (cache, beside) = case.format, filled_cache(case, device)
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
-    mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
+    mask = make_mask(case)
+    bounds, sinks = make_bounds(case, mask), make_sinks(case)
     scale = 1.5 / case.dim**0.5
     with nan_filled_memory():
         actual = decode(
@@ -337,7 +349,8 @@ def check_large(case: Case, device: str) -> None:
 def check_attend(case: Case, device: str) -> None:
     """Attention in float64 over plain keys and values, with NaN where nothing may read."""
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
-    mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
+    mask = make_mask(case)
+    bounds, sinks = make_bounds(case, mask), make_sinks(case)
     k, v = (
         torch.randn(case.batch, case.max_len, case.kv_heads, d).to(device, case.dtype).transpose(1, 2)
         for d in (case.dim, case.v_dim or case.dim)

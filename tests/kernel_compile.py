@@ -62,8 +62,12 @@ def record_launches() -> list[tuple]:
             q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
             rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, fmt, 0.1, beside)
-            attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, None, None, fmt, 4096, 0.1, beside)
-        bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
+            bounds = torch.zeros(2, q_len, 4, dtype=torch.int32)
+            for visible in ((None, None), (mask, bounds)):
+                attend_by_warps(
+                    q_rows, q_rows, rows, cache, lens, rotation, *visible, None, fmt, 4096, 0.1, beside
+                )
+        bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
         varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)

@@ -16,7 +16,9 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   slots past `seq_lens` are keys and values of zeros, as in SDPA over what `tq_dequantize` returns.
 - `bounds`: int32, broadcastable to `[B, q, 2]`: of the keys that the mask lets through, query i of row b
   sees `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode`
-  are the last `q` tokens and see all before and themselves; those of `attend` see everything.
+  are the last `q` tokens and see all before and themselves; those of `attend` see everything. Or
+  `[B, q, 4]`: the mask lets all keys `bounds[b, i, 2] <= k < bounds[b, i, 3]` through, and need not be read
+  there.
 - `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
 - `k_mean`, `exact`, `exact_from`, `sink_tokens`: what a packed cache keeps beside its bytes (`beside` says
   what they hold and when a store changes them); absent for a lossless format.

@@ -213,7 +213,7 @@ def visible_keys(
             visible, bias = ~visible.isneginf(), visible.to(torch.float32)
     if bounds is not None:
         slot = torch.arange(max_len, device=bounds.device)
-        first, end = bounds[:, None, :, :1], bounds[:, None, :, 1:]
+        first, end = bounds[:, None, :, :1], bounds[:, None, :, 1:2]
         visible = visible & (first <= slot) & (slot < end)
     return visible, bias
 
