@@ -37,6 +37,7 @@ from .bits import (
 )
 from .decode_query import rotate_queries
 from .decode_reduce import (
+    KEY_MASK,
     LOG2_E,
     NO_MASK,
     expand_bounds,
@@ -221,7 +222,9 @@ def decode_split_kernel(
         return
 
     q_ptr += batch * q_stride_b + head * q_stride_h + token.to(tl.int64) * q_stride_t
-    mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
+    mask_ptr += batch * mask_stride_b
+    if MASK != KEY_MASK:
+        mask_ptr += head * mask_stride_h + token.to(tl.int64) * mask_stride_t
     k_ptr += batch * k_stride_b + kv_head * k_stride_h
     v_ptr += batch * v_stride_b + kv_head * v_stride_h
     k_scale_ptr += batch * scale_stride_b + kv_head * scale_stride_h
@@ -250,15 +253,20 @@ def decode_split_kernel(
                 K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         else:
-            ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
-            inside = valid[:, None] & (slots < max_len)[None, :]
-            if HAS_WHOLE:
-                whole = (slots[None, :] >= whole_low[:, None]) & (slots[None, :] < whole_high[:, None])
-                let_through, bias = load_mask(ptrs, inside & ~whole, MASK)
-                visible = visible & (let_through | whole)
+            if MASK == KEY_MASK:
+                ptrs = mask_ptr + slots.to(tl.int64) * mask_stride_n
+                let_through, bias = load_mask(ptrs, slots < max_len, MASK)  # [BLOCK_N]
+                visible = visible & let_through[None, :]
             else:
-                let_through, bias = load_mask(ptrs, inside, MASK)
-                visible = visible & let_through
+                ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
+                needed = valid[:, None] & (slots < max_len)[None, :]
+                if HAS_WHOLE:
+                    whole = (slots[None, :] >= whole_low[:, None]) & (slots[None, :] < whole_high[:, None])
+                    let_through, bias = load_mask(ptrs, needed & ~whole, MASK)
+                    visible = visible & (let_through | whole)
+                else:
+                    let_through, bias = load_mask(ptrs, needed, MASK)
+                    visible = visible & let_through
             if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
                 acc, total, peak = attend_tile(
                     acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr,
@@ -417,7 +425,7 @@ def _launch(
         K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, attn_mask), MASK=mask_kind,
+        HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB

@@ -19,13 +19,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 # What is left to do of the rotation back.
 NONE, HADAMARD, MATRIX, SIGNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_MASK, BOOL_MASK, FLOAT_MASK, KEY_MASK = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
 def load_mask(ptrs, inside, MASK: tl.constexpr):
     """What a mask lets through, and what it adds to scores."""
-    if MASK == BOOL_MASK:
+    if MASK != FLOAT_MASK:
         visible = tl.load(ptrs, mask=inside, other=0) != 0
         bias = 0.0
     else:
@@ -40,14 +40,14 @@ def expand_bounds(bounds: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor 
     return None if bounds is None else bounds.expand(q.shape[0], q.shape[2], bounds.shape[2])
 
 
-def has_whole(bounds: torch.Tensor | None, attn_mask: torch.Tensor | None) -> bool:
+def is_key_mask(attn_mask: torch.Tensor) -> bool:
+    """Whether a mask is bool and the same for all heads and queries."""
+    return attn_mask.dtype == torch.bool and attn_mask.shape[-3:-1].numel() == 1
+
+
+def has_whole(bounds: torch.Tensor | None, mask_kind: int) -> bool:
     """Whether `bounds` say where a bool mask need not be read."""
-    return (
-        bounds is not None
-        and bounds.shape[2] == 4
-        and attn_mask is not None
-        and attn_mask.dtype == torch.bool
-    )
+    return bounds is not None and bounds.shape[2] == 4 and mask_kind in (BOOL_MASK.value, KEY_MASK.value)
 
 
 def mask_arguments(
@@ -56,10 +56,11 @@ def mask_arguments(
     """(kind, tensor, its strides over `[B, H, q, max_len]`) for a kernel; without a mask any tensor."""
     if attn_mask is None:
         return NO_MASK.value, q, (0, 0, 0, 0)
-    is_bool = attn_mask.dtype == torch.bool
-    mask = attn_mask.view(torch.uint8) if is_bool else attn_mask
-    strides = mask.expand(*q.shape[:3], max_len).stride()
-    return BOOL_MASK.value if is_bool else FLOAT_MASK.value, mask, strides
+    strides = attn_mask.expand(*q.shape[:3], max_len).stride()
+    if attn_mask.dtype != torch.bool:
+        return FLOAT_MASK.value, attn_mask, strides
+    kind = KEY_MASK if is_key_mask(attn_mask) else BOOL_MASK
+    return kind.value, attn_mask.view(torch.uint8), strides
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
-from .decode_reduce import expand_bounds, has_whole, mask_arguments, reduce_splits
+from .decode_reduce import KEY_MASK, expand_bounds, has_whole, is_key_mask, mask_arguments, reduce_splits
 from .warp_tiles import (
     copy_keys,
     copy_values,
@@ -337,7 +337,7 @@ def takes(
 ) -> bool:
     """Whether this kernel attends for q `[B, H, q, D]`: without a mask, or with one over keys."""
     return (
-        (attn_mask is None or (has_whole(bounds, attn_mask) and attn_mask.shape[-3:-1].numel() == 1))
+        (attn_mask is None or (has_whole(bounds, KEY_MASK.value) and is_key_mask(attn_mask)))
         and not fmt.is_lossless
         and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
         # Of these the signs are half a piece.
