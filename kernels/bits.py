@@ -16,6 +16,7 @@ from ..codebook import FP8_UNIT, codebook
 FP16_UNIT = tl.constexpr(256.0)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 FP8_MAX = tl.constexpr(448.0)
+CPU_SMS = 2  # in the interpreter
 
 CONVERT = "mov.b32 {{p, q}}, {x}; cvt.rn.f16x2.e4m3x2 {x}, p; mov.b32 {{${0}, ${1}}}, {x}; "
 CONVERT += "cvt.rn.f16x2.e4m3x2 {x}, q; mov.b32 {{${2}, ${3}}}, {x};"
@@ -95,6 +96,13 @@ def early_launch(device: torch.device) -> dict[str, bool]:
     if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of `device`."""
+    if device.type == "cpu":
+        return CPU_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:

@@ -34,6 +34,7 @@ from .bits import (
     load_centroids,
     magnitude_words,
     operand_dtype,
+    sm_count,
 )
 from .decode_query import rotate_queries
 from .decode_reduce import (
@@ -46,7 +47,7 @@ from .decode_reduce import (
     mask_arguments,
     reduce_splits,
 )
-from .decode_warp import attend_by_warps, sm_count, takes
+from .decode_warp import attend_by_warps, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
-from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
+from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, unpack_asm
 from .decode_reduce import KEY_MASK, expand_bounds, has_whole, is_key_mask, mask_arguments, reduce_splits
 from .warp_tiles import (
     copy_keys,
@@ -46,7 +46,7 @@ TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an ope
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 WARPS = 8  # on a multiprocessor: with the most registers, and enough to fill it
 SCHEDULERS = 4  # of a multiprocessor
-CPU_SMS, CPU_SHARED_BYTES = 2, 99 << 10  # in the interpreter
+CPU_SHARED_BYTES = 99 << 10  # in the interpreter
 WEIGHT_BITS = gl.constexpr(15.0)
 
 # `$1`, in a register: lane masks below and above never meet, but the assembler does not know, and so
@@ -312,13 +312,6 @@ def warp_split_kernel(
         for t in gl.static_range(CODES):
             x = acc[m * CODES + t] * scale
             gl.store(out_ptr + (t * V_PLANE + m * 16), x, mask=valid[None, :] & (value >= 0))
-
-
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of `device`."""
-    if device.type == "cpu":
-        return CPU_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def shared_bytes(device: torch.device) -> int:

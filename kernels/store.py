@@ -20,6 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, encode, hadamard, quantiser
+from .slots import locate_exact, locate_vectors
+from .store_prompt import store_prompt, takes
 
 BLOCK_VECTORS = 16  # the least number of rows of a dot
 WARP_VECTORS = 4  # of at most 256 coordinates, without a dot: 32 coordinates a lane
@@ -29,9 +31,11 @@ FEW_VECTORS = 2048  # so many have a warp each, which is done sooner
 @triton.jit
 def mean_kernel(
     k_ptr, seq_lens_ptr, mean_ptr, stride_b, stride_h, stride_t, stride_d, lens_stride, kv_heads, new,
-    counted, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    counted, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The mean of the first `counted` keys of a chunk, for rows that it starts."""
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // kv_heads, row % kv_heads
     if tl.load(seq_lens_ptr + batch * lens_stride) == new:
@@ -48,27 +52,6 @@ def mean_kernel(
 
 
 @triton.jit
-def locate_vectors(
-    seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Batch row, KV head, token, position and page offset of this program's vectors.
-
-    And which exist, which is known before the length is read, and which of these are stored.
-    """
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    token = index % new
-    head = index // new % kv_heads
-    batch = index // new // kv_heads
-    exists = index < vectors
-    length = tl.load(seq_lens_ptr + batch * lens_stride, mask=exists, other=0)
-    position = length - new + token
-    valid = exists & (position >= 0) & (position < page_size)
-    page = batch * cache_stride_b + head * cache_stride_h
-    return batch, head, token, position, page, exists, valid
-
-
-@triton.jit
 def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, EIGHTH: tl.constexpr):
     """Write one plane of `BITS`-bit codes [vectors, 8, octant] at `row_ptr` [vectors]."""
     VECTORS: tl.constexpr = codes.shape[0]
@@ -80,21 +63,6 @@ def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, 
     byte = tl.arange(0, BITS)[None, :, None] * EIGHTH + place
     mask = valid[:, None, None] & (place < EIGHTH)
     tl.store(row_ptr[:, None, None] + byte * STRIDE, packed.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def locate_exact(
-    exact_ptr, exact_from_ptr, from_stride, row, batch, position, length, new, exists, valid,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Where copies of the tokens of these vectors go, and of which; sets `exact_from`."""
-    from_ptr = exact_from_ptr + batch * from_stride
-    exact_from = tl.minimum(tl.load(from_ptr, mask=exists, other=0), length - new)
-    tl.store(from_ptr, tl.maximum(exact_from, length - RECENT), mask=exists)
-    kept = valid & ((position < SINKS) | (position >= length - RECENT))
-    recent = SINKS + (position - SINKS) % max(RECENT, 1)
-    slot = tl.where(position < SINKS, position, recent)
-    return exact_ptr + (row * (SINKS + RECENT) + slot) * WIDTH, kept
 
 
 @triton.jit
@@ -272,6 +240,9 @@ def store(
             return
         take_mean(k, seq_lens, beside)
         arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
+        if takes(k, v, fmt, beside):
+            store_prompt(arguments, constants, k, fmt)
+            return
         wide = max(fmt.head_dim, fmt.v_head_dim) > 256
         store_kernel[(triton.cdiv(vectors, constants["BLOCK"]), 2)](
             *arguments, **constants,
@@ -285,10 +256,11 @@ def take_mean(k: torch.Tensor, seq_lens: torch.Tensor, beside: Beside) -> None:
     """Set the mean of rows that k `[B, Hkv, q, D]` starts, if it has enough tokens."""
     batch, kv_heads, new, dim = k.shape
     if beside.k_mean is not None and new >= LEAST_MEAN_TOKENS:
-        block_d = min(64, triton.next_power_of_2(dim))
+        block_d = min(16, triton.next_power_of_2(dim))  # a sector of memory
         mean_kernel[(batch * kv_heads, triton.cdiv(dim, block_d))](
             k, seq_lens, beside.k_mean, *k.stride(), seq_lens.expand(batch).stride(0), kv_heads, new,
-            min(new, MEAN_TOKENS), DIM=dim, BLOCK_T=64, BLOCK_D=block_d, num_warps=4,
+            min(new, MEAN_TOKENS), DIM=dim, BLOCK_T=512, BLOCK_D=block_d, PDL=early_launch(k.device)["PDL"],
+            num_warps=8,
         )  # fmt: skip
 
 

@@ -124,8 +124,27 @@ ATTEND_INTERPRETED = [
 
 _DTYPES = (BF16, FP16, FP32)
 _PAIRS = [name for name in format_names() if name.startswith("k")]
+PROMPT_GPU = [  # `store_prompt`; groups of 16 that others share, before the row and past the page too
+    *(
+        Case(name, dim, v_dim, q_len=q, lens=lens, max_len=lens[0], exact=exact, dtype=dtype)
+        for name, dim, v_dim in (
+            ("k4v4", 128, 128),
+            ("k8v2", 128, 128),
+            ("k2v8", 128, 64),
+            ("k8v4", 64, 64),
+        )
+        for q, lens, exact, dtype in (
+            (64, (64, 1000, 71), (0, 0), BF16),
+            (200, (333, 170, 340, 200), (4, 32), FP16),
+            (1500, (1500, 2000, 1496), (300, 9), BF16),
+        )
+    ),
+    Case("k4v4", q_len=70, lens=(80,), max_len=80, exact=(0, 5)),
+    Case("k4v4", q_len=4096, kv_heads=8, lens=(4096, 4100, 5000), max_len=5000, exact=(4, 0)),
+]
 STORE_GPU = [
     *STORE_INTERPRETED,
+    *PROMPT_GPU,
     *(Case(name, 128, q_len=q, lens=(300, 17, 1), max_len=320) for name in _PAIRS for q in (1, 33)),
     *(Case("k4v4", dim, q_len=40, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 256, 576, 1024)),
     *(Case("k3v3", dim, 64, q_len=40, lens=(90, 7)) for dim in (80, 112, 512)),

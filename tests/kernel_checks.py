@@ -48,6 +48,7 @@ from tq_inductor.kernels.bits import fp8_byte
 from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.store import store
+from tq_inductor.kernels.store_prompt import LEAST_TOKENS
 from tq_inductor.kernels.varlen import varlen_attention
 
 from tq_inductor import codec, reference, reference_attention
@@ -164,7 +165,8 @@ def check_store(case: Case, device: str) -> None:
     fmt = case.format
     shape = (case.batch, case.kv_heads, case.q_len)
     k = random_vectors((*shape, fmt.head_dim), case.dtype, device, "transposed")
-    v = random_vectors((*shape, fmt.v_head_dim), case.dtype, device, "strided")
+    view = "dense" if case.q_len >= LEAST_TOKENS else "strided"  # which `store_prompt` does not take
+    v = random_vectors((*shape, fmt.v_head_dim), case.dtype, device, view)
     if case.q_len > 8:
         tiny, huge = (6e-8, 6e4) if case.dtype == FP16 else (1e-30, 1e30)
         for x in (k, v):

@@ -17,7 +17,8 @@ from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.decode_query import store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
-from tq_inductor.kernels.store import store
+from tq_inductor.kernels.store import store, store_arguments
+from tq_inductor.kernels.store_prompt import store_prompt
 from tq_inductor.kernels.varlen import varlen_attention
 
 # Target -> bytes of shared memory that a block may have.
@@ -67,6 +68,12 @@ def record_launches() -> list[tuple]:
                 attend_by_warps(
                     q_rows, q_rows, rows, cache, lens, rotation, *visible, None, fmt, 4096, 0.1, beside
                 )
+        for name, dim, v_dim in (("k4v4", 128, 128), ("k8v2", 64, 128)):
+            case = Case(name, dim, v_dim, lens=(4096, 64), max_len=4096, exact=(4, 32))
+            new_k, new_v = (torch.zeros(2, 2, 64, d, dtype=BF16) for d in (dim, v_dim))
+            cache, lens, fmt = garbage_cache(case, "cpu"), lengths(case, "cpu"), case.format
+            arguments = (cache, new_k, new_v, lens, *rotations(case, "cpu"), fmt, empty_beside(case))
+            store_prompt(*store_arguments(*arguments), new_k, fmt)
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)

@@ -30,6 +30,11 @@ MAY_IMPORT = {
     "codec": ["codebook", "format"],
     "reference": ["beside", "codec", "format"],
     "reference_attention": ["attention.arguments", "attention.call", "reference"],
+    "kernels.store": ["kernels.bits", "kernels.slots", "kernels.store_prompt", "beside", "format"],
+    "kernels.store_prompt": [
+        *("kernels.bits", "kernels.prompt_codes", "kernels.slots"),
+        *("beside", "format"),
+    ],
     "kernels.decode_query": ["kernels.bits", "kernels.store", "beside", "format"],
     "kernels.decode_warp": [
         *("kernels.bits", "kernels.decode_reduce", "kernels.warp_tiles"),

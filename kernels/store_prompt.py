@@ -1,0 +1,358 @@
+"""`store` for a prompt: the transform on the tensor cores, everything else in registers.
+
+For NVIDIA GPUs that convert fp8 (sm_89 on) and 16-bit keys and values; `store` has the kernel for all
+others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
+keys or values, each group aligned as value rows are interleaved.
+
+The Hadamard matrix of D is one of 16, over bits 0, 2, 3, 4 of a dim, for the tensor cores, and one of
+D / 16, over bit 1 and those from 5 on, for sums and differences of what they give. The inputs are exact
+(bf16 or float16 values; signs over D), sums are in float32, and the mean is taken off after the same
+product, so that equal vectors cancel. Dims are the rows of a product and tokens its columns. With these
+bits a lane, 4r + c, loads 16 bytes of a token at once, and gets all dims that share a byte of a row, bytes
+4r to 4r + 3 of every 32, of 4 tokens, 4c to 4c + 3: it writes whole words of both key and value rows.
+
+`prompt_codes` has the encoding. Unlike the reference, vectors are not brought to a power of two before
+they are rotated but after it, and only where squares would overflow or vanish.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import float32, int32
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from ..beside import Beside
+from ..format import PAGE_ALIGNMENT, KVFormat
+from .bits import TINY, early_launch, sm_count
+from .prompt_codes import code_steps, encode_asm, words_of_call
+from .slots import locate_exact, locate_page
+
+TOKENS = gl.constexpr(PAGE_ALIGNMENT)  # of a group
+WARPS, REGISTERS = 12, 168  # on a multiprocessor, as many for each of its schedulers; of a thread
+MOST_GROUPS = 32  # of a program: its start costs a third of a group
+LEAST_TOKENS = 64  # of a row: fewer are sooner done by `store`
+SMALL, LARGE = gl.constexpr(2.0**-80), gl.constexpr(2.0**80)  # squares between these are exact enough
+WAIT = gl.constexpr("griddepcontrol.wait; // $0")
+SIDE_BY_SIDE = gl.constexpr("prmt.b32 $0, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362;")
+TRANSPOSE = gl.constexpr(
+    "{ .reg .b32 a, b, c, d; prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $4, $5, 0x7362;"
+    " prmt.b32 c, $6, $7, 0x5140; prmt.b32 d, $6, $7, 0x7362; prmt.b32 $0, a, c, 0x5410;"
+    " prmt.b32 $1, a, c, 0x7632; prmt.b32 $2, b, d, 0x5410; prmt.b32 $3, b, d, 0x7632; }"
+)
+
+
+@gluon.constexpr_function
+def encode_constraints(dim: int, bits: int) -> str:
+    words = words_of_call(bits, dim)
+    sums = "=f,=f" if bits == 8 else "=r,=r"
+    return "=r," * words + sums + ",f" * (dim // 16 + 1)
+
+
+@gluon.constexpr_function
+def load_layout(tokens: int):
+    """[tokens, 32 dims] with 8 dims of a token in a lane, as the second operand of a product needs them."""
+    registers = [[0, 1], [0, 2], [0, 4]] + [[8, 0]] * (tokens // 16)
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [tokens, 32])
+
+
+@gluon.jit
+def token_of(column):
+    """Which token of a group a column of the products is: a lane has columns 2c and 2c + 1 of every 8."""
+    return column % 8 // 2 * 4 + column // 8 * 2 + column % 2
+
+
+@gluon.jit
+def transform_operands(rotation_ptr, dtype: gl.constexpr, DIM: gl.constexpr, MMA: gl.constexpr):
+    """First operands [16, 16], one for each 16 dims: the signed Hadamard matrix over DIM.
+
+    Row m stands for dim 4 * (m % 8) + m // 8, column k for dims of bits 3, 4, 0, 2, the highest last.
+    """
+    FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    m = gl.arange(0, 16, layout=gl.SliceLayout(1, FIRST))[:, None]
+    k = gl.arange(0, 16, layout=gl.SliceLayout(0, FIRST))[None, :]
+    odd = (m >> 3 & k) ^ (m >> 2 & k >> 2) ^ (m >> 1 & k >> 1) ^ (m & k >> 3)
+    dim = (k >> 1 & 3) * 8 + (k >> 3) * 4 + (k & 1) + 0 * m
+    operands = ()
+    for i in gl.static_range(DIM // 16):
+        sign = gl.load(rotation_ptr + (dim + (i // 2 * 32 + i % 2 * 2)) * DIM)  # of the first column
+        operands += (gl.where((sign < 0) ^ (odd & 1 == 1), -1.0 / DIM, 1.0 / DIM).to(dtype),)
+    return operands
+
+
+@gluon.jit
+def products(ptr, operands, DIM: gl.constexpr, MMA: gl.constexpr):
+    """Vectors at `ptr` [columns, 32] and every 32 further: [16, columns] for each 16 dims."""
+    N: gl.constexpr = ptr.shape[0]
+    SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    y = ()
+    for i in gl.static_range(DIM // 32):
+        x = gl.load(ptr + 32 * i)
+        x = gl.permute(gl.reshape(x, [N, 4, 2, 2, 2]), [2, 1, 4, 0, 3])
+        pair = gl.split(x)  # bit 1 of a dim
+        for bit in gl.static_range(2):
+            operand = gl.convert_layout(gl.reshape(pair[bit], [16, N]), SECOND, assert_trivial=True)
+            y += (mma_v2(operands[2 * i + bit], operand, gl.zeros([16, N], gl.float32, MMA)),)
+    return y
+
+
+@gluon.jit
+def butterflies(x, COUNT: gl.constexpr):
+    """The Hadamard transform over the COUNT tensors."""
+    for bit in gl.static_range(5):
+        if 1 << bit < COUNT:
+            y = ()
+            for i in gl.static_range(COUNT):
+                if i >> bit & 1:
+                    y += (x[i - (1 << bit)] - x[i],)
+                else:
+                    y += (x[i] + x[i + (1 << bit)],)
+            x = y
+    return x
+
+
+@gluon.jit
+def sum_of_squares(y, COUNT: gl.constexpr):
+    total = y[0] * y[0]
+    for i in gl.static_range(1, COUNT):
+        total += y[i] * y[i]
+    return gl.sum(total, axis=0)
+
+
+@gluon.jit
+def to_ordinary(y, COUNT: gl.constexpr):
+    """Vectors over a power of two, with squares between SMALL and LARGE; their squares, and that power.
+
+    Of a vector with NaN or infinity 0, and NaN for the power.
+    """
+    peak = gl.max(gl.abs(y[0]), axis=0)
+    for i in gl.static_range(1, COUNT):
+        peak = gl.maximum(peak, gl.max(gl.abs(y[i]), axis=0))
+    squares = sum_of_squares(y, COUNT)
+    broken = (squares != squares) | (peak == float("inf"))  # a maximum may drop NaN
+    exponent = gl.minimum(gl.maximum(peak.to(int32, bitcast=True) >> 23, 1), 253)
+    unit = gl.where(broken, float("nan"), (exponent << 23).to(float32, bitcast=True))
+    inverse = (254 - exponent << 23).to(float32, bitcast=True)
+    z = ()
+    for i in gl.static_range(COUNT):
+        z += (gl.where(broken[None, :], 0.0, y[i] * inverse[None, :]),)
+    return z, gl.maximum(sum_of_squares(z, COUNT), SMALL), unit
+
+
+@gluon.jit
+def encode(y, factor, BITS: gl.constexpr, DIM: gl.constexpr, ASM: gl.constexpr):
+    """Words of codes and two sums of `encode_asm`, each [16, columns]."""
+    CONSTRAINTS: gl.constexpr = encode_constraints(DIM, BITS)
+    y += (factor,)
+    # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
+    if BITS != 8:
+        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
+    elif DIM == 64:
+        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, float32, float32), True, 1)
+    else:
+        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, float32, float32), True, 1)
+    return out
+
+
+@gluon.jit
+def write_key_words(row_ptr, words, valid, ROW: gl.constexpr, WHOLE: gl.constexpr):
+    """Words [16, columns] of 16 tokens into their rows of ROW bytes, the first at `row_ptr`, if `valid`."""
+    halves = gl.split(gl.permute(gl.reshape(words, [2, 8, TOKENS]), [1, 2, 0]))  # bit 0 of a dim
+    LANES: gl.constexpr = halves[0].type.layout
+    out = gl.inline_asm_elementwise(SIDE_BY_SIDE, "=&r,=r,r,r", halves, (int32, int32), True, 1)
+    word = gl.arange(0, 8, layout=gl.SliceLayout(1, LANES))[:, None]
+    token = token_of(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LANES)))[None, :]
+    mask = gl.convert_layout(valid, gl.SliceLayout(0, LANES), assert_trivial=True)[None, :] & (word >= 0)
+    ptr = row_ptr.to(gl.pointer_type(int32)) + (token * (ROW // 4) + word)
+    gl.store(ptr, out[0], mask=mask)
+    if WHOLE:
+        gl.store(ptr + 8, out[1], mask=mask)
+
+
+@gluon.jit
+def write_value_words(group_ptr, words, valid, whole, WHOLE: gl.constexpr):
+    """Words [16, columns] of 16 tokens into the group at `group_ptr`: byte j of all tokens, then j + 1."""
+    # Tokens 4c and 4c + 2, 4c + 1 and 4c + 3.
+    even, odd = gl.split(gl.permute(gl.reshape(words, [16, 2, 4, 2]), [0, 2, 1, 3]))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    LANES: gl.constexpr = first.type.layout
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, LANES))[:, None]
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :]
+    byte = row % 8 * 4 + row // 8
+    tokens = (first, second, third, fourth)
+    if whole:
+        out = gl.inline_asm_elementwise(
+            TRANSPOSE, "=r,=r,=r,=r,r,r,r,r", tokens, (int32, int32, int32, int32), True, 1
+        )
+        ptr = group_ptr.to(gl.pointer_type(int32)) + (byte * (TOKENS // 4) + lane)
+        for b in gl.static_range(4 if WHOLE else 2):
+            gl.store(ptr + (b // 2 * 32 + b % 2 * 2) * (TOKENS // 4), out[b])
+    else:
+        masks = gl.split(gl.permute(gl.reshape(valid, [2, 4, 2]), [1, 0, 2]))
+        masks = gl.split(masks[0]) + gl.split(masks[1])  # of tokens 0, 2, 1, 3
+        for t in gl.static_range(4):
+            mask = gl.convert_layout(masks[t % 2 * 2 + t // 2], gl.SliceLayout(0, LANES))
+            mask = mask[None, :] & (row >= 0)
+            byte_ptr = group_ptr + (byte * TOKENS + lane * 4 + t)
+            for b in gl.static_range(4 if WHOLE else 2):
+                code = (tokens[t] >> 8 * b & 0xFF).to(gl.uint8)
+                gl.store(byte_ptr + (b // 2 * 32 + b % 2 * 2) * TOKENS, code, mask=mask)
+
+
+@gluon.jit
+def store_side(
+    cache_ptr, x_ptr, seq_len, rotation_ptr, mean_ptr, exact_ptr, exact_from_ptr, cache_stride_b,
+    cache_stride_h, stride_t, from_stride, rows_offset, scales_offset, kv_heads, new, page_size, row, block,
+    run, HAS_MEAN: gl.constexpr, HAS_EXACT: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
+    BITS: gl.constexpr, UNIT: gl.constexpr, STEPS: gl.constexpr, DIM: gl.constexpr, WIDTH: gl.constexpr,
+    ASM: gl.constexpr, INTERLEAVED: gl.constexpr,
+):  # fmt: skip
+    """Keys or values of `run` groups of one KV head. Vectors are over sqrt(DIM) once rotated."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    LOAD: gl.constexpr = load_layout(TOKENS)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+    COUNT: gl.constexpr = DIM // 16
+    ROW: gl.constexpr = DIM * BITS // 8
+    dims = gl.arange(0, 32, layout=gl.SliceLayout(0, LOAD))[None, :]
+    column = token_of(gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LOAD)))
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    operands = transform_operands(rotation_ptr, dtype, DIM, MMA)
+    mean = ()
+    if HAS_MEAN:
+        MEAN_LOAD: gl.constexpr = load_layout(8)
+        offset = gl.arange(0, 32, layout=gl.SliceLayout(0, MEAN_LOAD))[None, :]
+        offset += 0 * gl.arange(0, 8, layout=gl.SliceLayout(1, MEAN_LOAD))[:, None]
+        rotated = products(mean_ptr + row * DIM + offset, operands, DIM, MMA)
+        for i in gl.static_range(COUNT):
+            mean += (gl.max(rotated[i], axis=1)[:, None],)  # all columns are equal
+
+    batch, head = row // kv_heads, row % kv_heads
+    start = seq_len - new
+    shift = (start & TOKENS - 1).to(int32)
+    first = block * (run * TOKENS) - shift  # token
+    for at in range(first, gl.minimum(first + run * TOKENS, new), TOKENS):
+        token = at + column
+        # Where there is none, another token's, which is not written.
+        ptr = x_ptr + gl.minimum(gl.maximum(token, 0), new - 1).to(gl.int64)[:, None] * stride_t + dims
+        position = start + at
+        page = locate_page(position, batch, head, cache_stride_b, cache_stride_h, page_size)[0]
+        page_ptr = cache_ptr + page
+        if HAS_EXACT:
+            exists = (token >= 0) & (token < new)
+            room = locate_page(start + token, batch, head, cache_stride_b, cache_stride_h, page_size)[1]
+            if (position < SINKS) | (position + TOKENS > seq_len - RECENT) | (block == 0):
+                to, kept = locate_exact(
+                    exact_ptr, exact_from_ptr, from_stride, row, batch + 0 * token, start + token, seq_len,
+                    new, exists, exists & room, SINKS, RECENT, WIDTH,
+                )  # fmt: skip
+                for i in gl.static_range(DIM // 32):
+                    copy = gl.load(ptr + 32 * i).to(exact_ptr.dtype.element_ty)
+                    gl.store(to[:, None] + dims + 32 * i, copy, mask=kept[:, None] & (dims >= 0))
+
+        y = products(ptr, operands, DIM, MMA)
+        if HAS_MEAN:
+            less = ()
+            for i in gl.static_range(COUNT):
+                less += (y[i] - mean[i],)
+            y = less
+        y = butterflies(y, COUNT)
+        squares = sum_of_squares(y, COUNT)
+        unit = gl.full([TOKENS], 1.0, float32, COLUMNS)
+        ordinary = (squares > SMALL) & (squares < LARGE)
+        if gl.min(ordinary.to(int32), axis=0) == 0:
+            y, squares, unit = to_ordinary(y, COUNT)
+
+        root = gl.rsqrt(squares)
+        out = encode(y, (root * (UNIT * STEPS[0] * DIM**0.5))[None, :], BITS, DIM, ASM)
+        WORDS: gl.constexpr = words_of_call(BITS, DIM)
+        numerator = gl.sum(out[WORDS], axis=0).to(float32)
+        over = gl.rsqrt(gl.maximum(gl.sum(out[WORDS + 1], axis=0).to(float32), TINY))
+        length = squares * root * unit
+        scale = length * (numerator * over * over * (STEPS[1] / (UNIT * STEPS[0])))
+        scale = gl.where(length * DIM**0.5 < TINY, 0.0, scale)
+
+        here = at + token_of(gl.arange(0, TOKENS, layout=COLUMNS))
+        space = locate_page(start + here, batch, head, cache_stride_b, cache_stride_h, page_size)[1]
+        valid = (here >= 0) & (here < new) & space
+        scale_ptr = (page_ptr + scales_offset).to(gl.pointer_type(gl.bfloat16)) + position
+        gl.store(scale_ptr + (here - at), scale.to(gl.bfloat16), mask=valid)
+        for w in gl.static_range(WORDS):
+            if INTERLEAVED:
+                group_ptr = page_ptr + rows_offset + position * ROW + w * (64 * TOKENS)
+                whole = gl.min(valid.to(int32), axis=0) == 1
+                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64)
+            else:
+                write_key_words(page_ptr + position * ROW + w * 64, out[w], valid, ROW, ROW >= 64)
+
+
+@gluon.jit
+def prompt_kernel(
+    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
+    exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride,
+    v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size, blocks, run,
+    HAS_MEAN: gl.constexpr, HAS_EXACT: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
+    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_UNIT: gl.constexpr, V_UNIT: gl.constexpr,
+    K_DIM: gl.constexpr, V_DIM: gl.constexpr, K_STEPS: gl.constexpr, V_STEPS: gl.constexpr,
+    K_ASM: gl.constexpr, V_ASM: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Grid (rows * `blocks`, 2): values, keys. The arguments are `store_kernel`'s.
+
+    With PDL the mean may still be in the making, for which only keys wait.
+    """
+    row, block = (gl.program_id(0) // blocks).to(gl.int64), gl.program_id(0) % blocks
+    batch, head = row // kv_heads, row % kv_heads
+    seq_len = gl.load(seq_lens_ptr + batch * lens_stride)
+    if gl.program_id(1) == 1:
+        if PDL:
+            gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
+        store_side(
+            cache_ptr, k_ptr + batch * k_stride_b + head * k_stride_h, seq_len, k_rotation_ptr, mean_ptr,
+            exact_ptr, exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_t, from_stride, 0,
+            k_scales_offset, kv_heads, new, page_size, row, block, run, HAS_MEAN, HAS_EXACT, SINKS, RECENT,
+            K_BITS, K_UNIT, K_STEPS, K_DIM, K_DIM + V_DIM, K_ASM, False,
+        )  # fmt: skip
+    else:
+        store_side(
+            cache_ptr, v_ptr + batch * v_stride_b + head * v_stride_h, seq_len, v_rotation_ptr, mean_ptr,
+            exact_ptr + K_DIM, exact_from_ptr, cache_stride_b, cache_stride_h, v_stride_t, from_stride,
+            v_rows_offset, v_scales_offset, kv_heads, new, page_size, row, block, run, False, HAS_EXACT,
+            SINKS, RECENT, V_BITS, V_UNIT, V_STEPS, V_DIM, K_DIM + V_DIM, V_ASM, True,
+        )  # fmt: skip
+
+
+def takes(k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, beside: Beside) -> bool:
+    """Whether this kernel stores k `[B, Hkv, q, D]` and v."""
+    sides = ((k, fmt.k_bits), (v, fmt.v_bits))
+    return (
+        k.shape[2] >= LEAST_TOKENS
+        and all(x.shape[-1] in (64, 128) and bits in (2, 4, 8) for x, bits in sides)
+        and not any(x.shape[-1] == 64 and bits == 2 for x, bits in sides)  # a byte has all bits from 4 on
+        and k.dtype == v.dtype
+        and k.dtype in (torch.bfloat16, torch.float16)
+        and (beside.k_mean is None or beside.k_mean.dtype == k.dtype)
+        and k.stride(-1) == v.stride(-1) == 1
+        and k.is_cuda
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(k.device) >= (8, 9)
+    )
+
+
+def store_prompt(arguments: tuple, constants: dict, k: torch.Tensor, fmt: KVFormat) -> None:
+    """Store what this kernel `takes`; arguments and constants are `store_kernel`'s.
+
+    If keys have a mean, the launch before this one is that of `mean_kernel`.
+    """
+    rows, groups = k.shape[0] * k.shape[1], triton.cdiv(k.shape[2] + PAGE_ALIGNMENT - 1, PAGE_ALIGNMENT)
+    run = min(MOST_GROUPS, triton.cdiv(2 * rows * groups, WARPS * sm_count(k.device)))
+    blocks = triton.cdiv(groups, run)
+    names = [name for name in constants if name in prompt_kernel.arg_names]
+    prompt_kernel[(rows * blocks, 2)](
+        *arguments, blocks, run, **{name: constants[name] for name in names},
+        K_STEPS=code_steps(fmt.k_bits, fmt.head_dim), V_STEPS=code_steps(fmt.v_bits, fmt.v_head_dim),
+        K_ASM=encode_asm(fmt.k_bits, fmt.head_dim), V_ASM=encode_asm(fmt.v_bits, fmt.v_head_dim),
+        num_warps=1, maxnreg=REGISTERS,
+        **(early_launch(k.device) if constants["HAS_MEAN"] else {"PDL": False}),
+    )  # fmt: skip

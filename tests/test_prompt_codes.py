@@ -1,0 +1,71 @@
+"""What `store_prompt` encodes with: no threshold moves, and codes come in the order of the format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tq_inductor.kernels.prompt_codes import (
+    MAGIC,
+    code_polynomial,
+    code_steps,
+    field_order,
+    table_words,
+)
+
+from tq_inductor import codec
+from tq_inductor.codebook import codebook
+
+
+def float32(x: torch.Tensor | float) -> torch.Tensor:
+    """Rounded to float32, in float64."""
+    return torch.as_tensor(x, dtype=torch.float64).to(torch.float32).to(torch.float64)
+
+
+def magnitude_codes(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The arithmetic of `encode_asm` for x >= 0, in e4m3 units: float32, each step rounded once."""
+    start, width, coefficients = code_polynomial(bits)
+    steps = code_steps(bits, dim)[0]
+    u = float32(x * steps * float32(1 / (width * steps)) + float32(-start / width)).clamp(0, 1)
+    total = float32(coefficients[-1])
+    for c in coefficients[-2::-1]:
+        total = float32(total * u + float32(c))
+    return (float32(total * u + MAGIC) - MAGIC).long()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_polynomial_rounds_to_the_code_on_both_sides_of_every_midpoint(bits):
+    midpoints = torch.tensor(codebook(bits).midpoints, dtype=torch.float64)
+    near = midpoints[:, None] * (1 + torch.tensor([-1.0, 1.0]) * 3e-6)
+    x = float32(torch.cat([torch.linspace(0, 16, 200_001, dtype=torch.float64), near.flatten()]))
+    x = x[((x[:, None] - midpoints).abs() > 2e-6 * midpoints).all(1)]
+    assert torch.equal(magnitude_codes(x, bits, 128), torch.bucketize(x, midpoints))
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(2, 128), (4, 64), (4, 128), (8, 64), (8, 128)])
+def test_codes_lie_in_the_bytes_that_the_format_says(bits, dim):
+    """Lane r has dims 4r + 2e + d of every 32, for e = 0 and 1 the inputs 2q + e of `encode_asm`."""
+    codes = torch.randint(0, 2**bits, (dim,))
+    expected = codec.pack(codes, bits)
+    row = torch.zeros(dim * bits // 8, dtype=torch.int64)
+    for lane in range(8):
+        for d in range(2):
+            inputs = codes.view(-1, 8, 2, 2)[:, lane, :, d].flatten()
+            fields = inputs[field_order(bits, dim)].view(-1, 8 // bits)
+            packed = (fields << torch.arange(0, 8, bits)).sum(1)
+            row.view(-1, 8, 2, 2)[:, lane, :, d] = packed.view(-1, 2)
+    assert torch.equal(row, expected.long())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_fit_their_integers(bits, dim):
+    """Coordinates are at most sqrt(D) standard deviations, and centroids the largest."""
+    steps, centroid_steps = code_steps(bits, dim)
+    book = codebook(bits)
+    assert steps * book.unit * dim**0.5 < 2**15
+    assert dim * (centroid_steps * book.magnitudes[-1]) ** 2 < 2**31
+    length = steps * book.unit * dim**0.5
+    assert length * centroid_steps * book.magnitudes[-1] * dim**0.5 < 2**31
+    low, high = table_words(bits)
+    table = [(low | high << 32) >> 8 * i & 0xFF for i in range(len(book.magnitudes))]
+    assert table == [centroid_steps * m for m in book.magnitudes]
