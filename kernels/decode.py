@@ -169,7 +169,8 @@ def decode_split_kernel(
     OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, V_GROUP: tl.constexpr,
     HEADS: tl.constexpr, HAS_LENS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DIRECT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -215,11 +216,21 @@ def decode_split_kernel(
     first_slot = begin + split * run
     end = tl.minimum(first_slot + run, end)
 
-    # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log.
+    # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log. With
+    # DIRECT there is one split, and it is the result [batch, head, token].
     part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * splits + split
+    if DIRECT:
+        part = (batch * tl.num_programs(1) * HEADS + head) * q_len + token
+    dims = dv_start + tl.arange(0, BLOCK_DV)
+    written = valid[:, None] & (dims < V_DIM)[None, :]
+    partial_ptrs = partial_ptr + part[:, None] * V_DIM + dims[None, :]
     writes_log = valid & (dv_start == row * 0)  # one shape: Triton 3.9's interpreter wants it so
     if first_slot >= end:
-        tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
+        if DIRECT:
+            zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            tl.store(partial_ptrs, zeros.to(partial_ptr.dtype.element_ty), mask=written)
+        else:
+            tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
         return
 
     q_ptr += batch * q_stride_b + head * q_stride_h + token.to(tl.int64) * q_stride_t
@@ -278,11 +289,10 @@ def decode_split_kernel(
 
     if PDL:
         gdc_launch_dependents()
-    dims = dv_start + tl.arange(0, BLOCK_DV)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    mask = valid[:, None] & (dims < V_DIM)[None, :]
-    tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
-    tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
+    tl.store(partial_ptrs, out.to(partial_ptr.dtype.element_ty), mask=written)
+    if not DIRECT:
+        tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
 
 
 @functools.cache
@@ -407,8 +417,12 @@ def _launch(
     else:
         splits = whole_waves(groups, tiles, FIT_16_BIT * sm_count(q.device))
 
-    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
-    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
+    # Many rows need no splits, and their partials are more bytes than keys and values.
+    direct = splits == 1 and seq_lens is None and sinks is None
+    partial = logs = out
+    if not direct:
+        partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
+        logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     k_bits, v_bits = (fmt.k_bits, fmt.v_bits) if scales and fmt else (16, 16)
     k_lo, k_hi = magnitude_words(k_bits)
@@ -427,11 +441,13 @@ def _launch(
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
         **early_launch(q.device),
     )  # fmt: skip
+    if direct:
+        return
     reduce_splits(
         out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
         beside,

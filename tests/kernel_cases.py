@@ -120,6 +120,7 @@ ATTEND_INTERPRETED = [
     Case("", 80, 16, heads=7, kv_heads=1, q_len=2, max_len=200, mask="bool", bounds="row", dtype=FP32),
     Case("", 16, q_len=1, max_len=90, mask="float", dtype=FP32),
     Case("", 16, q_len=2, lens=(200, 90), max_len=200, mask="holes", bounds="scan", dtype=FP32),
+    Case("", 24, 40, heads=6, q_len=20, max_len=60, bounds="window", dtype=FP16),  # one split
 ]
 
 _DTYPES = (BF16, FP16, FP32)
@@ -214,7 +215,7 @@ DECODE_GPU = [
             bounds="scan",
             exact=exact,
         )
-        for name, exact in (("k4v4", (0, 0)), ("k8v2", (4, 32)), ("bf16", (0, 0)), ("k4v4", (4, 0)))
+        for name, exact in (("k4v4", (0, 0)), ("k8v2", (4, 32)), ("k4v4", (4, 0)))
         for q in (1, 4, 40)
         for mask in ("keys", "holes")
     ),
@@ -282,6 +283,11 @@ LARGE_GPU = [
 ]
 ATTEND_GPU = [
     *ATTEND_INTERPRETED,
+    *(
+        Case("", 128, heads=8, q_len=q, lens=(900, 129), max_len=1000, mask=mask, bounds="scan")
+        for q in (1, 4, 400)
+        for mask in ("keys", "holes")
+    ),
     *(
         Case("", dim, heads=14, q_len=q, max_len=1000, mask=mask, bounds=b, sinks=sinks, dtype=dtype)
         for dim in (64, 80, 128, 256, 512)
