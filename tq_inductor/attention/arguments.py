@@ -69,6 +69,11 @@ class VarlenArguments:
         """`[Tq, H, Dv]`: what tokens after the last sequence give."""
         return self.q.new_zeros((*self.q.shape[:-1], self.v.shape[-1]))
 
+    def zeroed_behind(self, out: torch.Tensor) -> torch.Tensor:
+        """`out` `[Tq, H, Dv]` with zeros for tokens after the last sequence, which kernels leave unset."""
+        token = torch.arange(out.shape[0], device=out.device)
+        return torch.where((token < self.cu_seqlens_q[-1])[:, None, None], out, 0)
+
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
     """`[B, heads, L, D]` as `[B, L, heads, D]`, copied only if kernels could not load it as it lies.

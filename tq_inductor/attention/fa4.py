@@ -81,8 +81,7 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
         max_seqlen_q=x.max_seqlen_q, max_seqlen_k=x.max_seqlen_k, softmax_scale=x.scale, causal=x.causal,
         window_size=(None, None), softcap=0.0, return_lse=False,
     )  # fmt: skip
-    token = torch.arange(x.q.shape[0], device=x.q.device)
-    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], _only(out), 0)
+    return x.zeroed_behind(_only(out))
 
 
 def _only(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -8,14 +8,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import FunctionType
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 
 from .arguments import DenseArguments
 from .call import AttentionCall, Window
 from .limits import SIXTEEN_BITS, HeadDims, Limits
 from .machine import why_not_here
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # queries, and keys, of which FlexAttention knows whether any is seen
 LIMITS = Limits(
     rocm=("gfx90a", "gfx942", "gfx950"),
     dtypes=(*SIXTEEN_BITS, torch.float32),
@@ -70,7 +76,7 @@ def flexible(
     mask_dtype: torch.dtype | None, alignment: str, window: Window, softcap: float | None, scale: float
 ) -> Callable[..., torch.Tensor]:
     """A function of q, k, v and the mask, `[B or 1, H or 1, Lq, Lk]` if there is one."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     masked, biased = mask_dtype == torch.bool, mask_dtype not in (None, torch.bool)
     back, ahead = window
@@ -95,12 +101,45 @@ def flexible(
                 seen = seen & (j <= i + shift + ahead)
             return seen
 
-        blocks = None
-        if masked or window != (None, None):
-            batch, heads = ((n if n > 1 else None) for n in mask.shape[:2]) if masked else (None, None)
-            blocks = create_block_mask(mask_mod, batch, heads, q_len, kv_len, device=str(q.device))
+        batch, heads = mask.shape[:2] if masked else (1, 1)
+        blocks = block_mask(mask_mod, (batch, heads, q_len, kv_len), q.device)
+        # Its kernel for fewer than BLOCK queries holds all queries of a KV head in one block.
+        joint = q_len * (q.shape[1] // k.shape[1])
+        options = {"FORCE_USE_FLEX_ATTENTION": True} if joint > BLOCK else None
         return flex_attention(  # type: ignore[return-value]
-            q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=True
-        )
+            q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=True,
+            kernel_options=options,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     return run
+
+
+def block_mask(
+    mask_mod: Callable[..., torch.Tensor], shape: tuple[int, int, int, int], device: torch.device
+) -> BlockMask:
+    """What `create_block_mask` gives for `[B or 1, H or 1, Lq, Lk]`, without its vmap.
+
+    Vmap fails where a `TorchDispatchMode` is active, as it is when AOTAutograd runs a graph with custom ops
+    for the first time: that is when this is traced.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    grids = [torch.arange(n, device=device).view(-1, *[1] * (3 - axis)) for axis, n in enumerate(shape)]
+    visible = mask_mod(*grids).expand(shape)
+    q_len, kv_len = shape[2:]
+    visible = F.pad(visible, (0, -kv_len % BLOCK, 0, -q_len % BLOCK))
+    count = visible.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((3, 5))
+    full = count == BLOCK * BLOCK
+    some_counts, some = _listed((count > 0) & ~full)
+    full_counts, whole = _listed(full)
+    return BlockMask.from_kv_blocks(
+        some_counts, some, full_counts, whole, BLOCK_SIZE=BLOCK, mask_mod=mask_mod,
+        seq_lengths=(q_len, kv_len), compute_q_blocks=False,
+    )  # fmt: skip
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of `[..., n]` are true, int32 `[...]`, and their indices, first of int32 `[..., n]`."""
+    blocks = blocks.to(torch.int32)
+    order = blocks.argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1).to(torch.int32), order.to(torch.int32).contiguous()
