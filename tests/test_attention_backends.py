@@ -113,6 +113,8 @@ MATRIX = [
     ("sm90", {"mask": "bool"}, "flex"),
     ("sm90", {"mask": "float"}, "flex"),
     ("sm90", {"mask": "bool", "is_causal": True}, ""),
+    ("sm90", {"mask": "bool", "padding": "full"}, "fa3 fa4 fa2 torch_flash flex"),
+    ("sm90", {"mask": "bool", "padding": "causal", "softcap": 30.0}, "flex"),
     # ragged and paged
     ("sm90", {**CAUSAL, "varlen": True}, "fa3 fa4 fa2 torch_flash"),
     ("sm90", {"page_size": 16}, "fa4 flashinfer"),

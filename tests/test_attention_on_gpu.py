@@ -133,6 +133,39 @@ def test_ragged(name, causal):
     assert got[100:].abs().max() == 0
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
+def test_padded_batches_replay_with_other_lengths(name, causal):
+    """Every query is right, of padding too; lengths are read on the device."""
+    q_len = 200
+    call = dataclasses.replace(
+        described(*CALLS["full"]), mask="bool", alignment="", padding="causal" if causal else "full"
+    )
+    ready(name, call)
+
+    def f(q, k, v, real):
+        mask = real[:, None, None, :]
+        if causal:
+            at = torch.arange(q_len, device=q.device)
+            mask = mask & (at[None, None, None, :] <= at[None, None, :, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    options = {"attention": name, "triton.cudagraphs": True}
+    place = torch.arange(q_len)
+    rows = [(place < 90, place >= 170), (place >= 0, place % 3 == 1), (place < 0, place >= 199)]
+    with torch.no_grad():
+        compiled = torch.compile(f, backend=turboquant, options=options)
+        for real in [torch.stack(pair) for pair in (*rows, *rows)]:
+            q, k, v = tensors_for(call)
+            out = compiled(q, k, v, real.cuda()).double().cpu()
+            visible = real[:, None, None].expand(-1, 1, q_len, -1)
+            visible = visible & (place <= place[:, None]) if causal else visible
+            wide = [x.double().cpu() for x in (q, k, v)]
+            torch.testing.assert_close(
+                out, attention(*wide, visible, call.head_dim**-0.5), atol=2e-2, rtol=2e-2
+            )
+
+
 @pytest.mark.parametrize(
     ("name", "what", "changes"),
     [
