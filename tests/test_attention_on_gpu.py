@@ -117,6 +117,21 @@ def test_softcap_and_sinks(name):
     )
 
 
+@pytest.mark.parametrize("name", DENSE)
+def test_alibi_slopes(name):
+    call = dataclasses.replace(described(*CALLS["fewer queries"]), alibi=True)
+    ready(name, call)
+    q, k, v = tensors_for(call)
+    slopes = 2.0 ** -torch.arange(1, call.num_heads + 1)
+    how = (call.alignment, -1, 0, None, call.head_dim**-0.5, name)
+    got = OPS.dense_attn(q, k, v, None, slopes.cuda(), None, *how)
+    bias = slopes.double().view(1, -1, 1, 1) * torch.arange(call.kv_len)
+    visible = visible_window(call.q_len, call.kv_len, call.alignment, call.window)
+    wide = [x.double().cpu() for x in (q, k, v)]
+    want = attention(*wide, visible, call.head_dim**-0.5, bias)
+    torch.testing.assert_close(got.double().cpu(), want, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
 def test_ragged(name, causal):

@@ -48,12 +48,13 @@ def masks():
 
 
 @pytest.mark.parametrize(
-    ("mask", "alignment", "window", "softcap"),
-    [("bool", "", FULL, None), ("float", "", FULL, 5.0), ("none", "bottom-right", (40, 7), None)],
-)
-def test_it_is_compiled_inside_an_op_that_is_watched(op, mask, alignment, window, softcap):
+    ("mask", "slopes", "alignment", "window", "softcap"),
+    [("bool", None, "", FULL, None), ("float", None, "", FULL, 5.0),
+     ("none", torch.arange(8) / 100, "bottom-right", (40, 7), None)],
+)  # fmt: skip
+def test_it_is_compiled_inside_an_op_that_is_watched(op, mask, slopes, alignment, window, softcap):
     q, k, v = (torch.randn(2, heads, n, 32) for heads, n in ((8, 77), (1, 300), (1, 300)))
-    x = DenseArguments(q, k, v, masks()[mask], None, None, alignment, window, softcap, 0.25)
+    x = DenseArguments(q, k, v, masks()[mask], slopes, None, alignment, window, softcap, 0.25)
     torch.testing.assert_close(op(x), dense_attention(x), rtol=1e-4, atol=1e-5)
 
 
@@ -86,5 +87,5 @@ def test_few_queries_of_many_heads_take_the_kernel_for_many(monkeypatch, q_len, 
 
     monkeypatch.setattr(torch_flex, "flex_attention", flex_attention)
     q, k, v = (torch.zeros(1, h, n, 16) for h, n in ((heads, q_len), (1, 300), (1, 300)))
-    flex.flexible(None, "bottom-right", CAUSAL, None, 1.0)(q, k, v, None)
+    flex.flexible(None, False, "bottom-right", CAUSAL, None, 1.0)(q, k, v, None, None)
     assert seen == [{"FORCE_USE_FLEX_ATTENTION": True} if forced else None]

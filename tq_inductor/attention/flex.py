@@ -1,6 +1,6 @@
 """Attention backend `flex`: PyTorch's FlexAttention, for masks and scores that only code can say.
 
-Any bool or float mask (ALiBi too), windows in either alignment, softcap. Compiled once per shape.
+Any bool or float mask, ALiBi by slopes, windows in either alignment, softcap. Compiled once per shape.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ LIMITS = Limits(
     alignment="",
     masks=("bool", "float"),
     softcap=True,
+    alibi=True,
     varlen=False,
     dynamic=False,
 )
@@ -51,20 +52,23 @@ def attend(x: DenseArguments) -> torch.Tensor:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(*mask.shape[:2], x.q.shape[2], x.k.shape[2])
     tensors = [(tuple(y.shape), y.dtype) for y in (x.q, x.k, x.v, mask) if y is not None]
-    run = compiled(tuple(tensors), x.alignment, x.window, x.softcap, x.scale)
-    return run(x.q, x.k, x.v, mask).transpose(1, 2)
+    sloping = x.alibi_slopes is not None
+    run = compiled(tuple(tensors), sloping, x.alignment, x.window, x.softcap, x.scale)
+    return run(x.q, x.k, x.v, mask, x.alibi_slopes).transpose(1, 2)
 
 
 @functools.cache
 def compiled(
     tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+    sloping: bool,
     alignment: str,
     window: Window,
     softcap: float | None,
     scale: float,
 ) -> Callable[..., torch.Tensor]:
-    """FlexAttention for q, k, v and perhaps a mask of these shapes and dtypes."""
-    function = flexible(tensors[3][1] if len(tensors) == 4 else None, alignment, window, softcap, scale)
+    """FlexAttention for q, k, v and perhaps a mask of these shapes and dtypes, and ALiBi slopes."""
+    mask_dtype = tensors[3][1] if len(tensors) == 4 else None
+    function = flexible(mask_dtype, sloping, alignment, window, softcap, scale)
     # Dynamo counts recompilations per code object; these are different functions.
     own = FunctionType(
         function.__code__.replace(), function.__globals__, closure=function.__closure__, name="flexible"
@@ -73,15 +77,22 @@ def compiled(
 
 
 def flexible(
-    mask_dtype: torch.dtype | None, alignment: str, window: Window, softcap: float | None, scale: float
+    mask_dtype: torch.dtype | None,
+    sloping: bool,
+    alignment: str,
+    window: Window,
+    softcap: float | None,
+    scale: float,
 ) -> Callable[..., torch.Tensor]:
-    """A function of q, k, v and the mask, `[B or 1, H or 1, Lq, Lk]` if there is one."""
+    """A function of q, k, v, a mask `[B or 1, H or 1, Lq, Lk]` or None, and slopes `[H]` or None."""
     from torch.nn.attention.flex_attention import flex_attention
 
     masked, biased = mask_dtype == torch.bool, mask_dtype not in (None, torch.bool)
     back, ahead = window
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, slopes: torch.Tensor
+    ) -> torch.Tensor:
         q_len, kv_len = q.shape[2], k.shape[2]
         shift = kv_len - q_len if alignment == "bottom-right" else 0
 
@@ -91,6 +102,8 @@ def flexible(
         def score_mod(score, b, h, i, j):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
+            if sloping:
+                score = score + slopes[h] * (j - i - shift)
             return score + masked_at(b, h, i, j) if biased else score
 
         def mask_mod(b, h, i, j):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
