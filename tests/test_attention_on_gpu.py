@@ -148,6 +148,31 @@ def test_ragged(name, causal):
     assert got[100:].abs().max() == 0
 
 
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
+def test_pages(name, page_size):
+    """Those that take no pages get them copied."""
+    call = dataclasses.replace(described(*CALLS["causal"]), varlen=True)
+    ready(name, call)
+    lens = [30, 200, 0, 1]
+    cu = torch.tensor([0, *lens], device="cuda").cumsum(0).int()
+    q, (k, v) = torch.randn(231, 8, 128), torch.randn(2, 231, 2, 128)
+    q, k, v = (x.to("cuda", call.dtype) for x in (q, k, v))
+    width = -(-200 // page_size)
+    order = torch.randperm(4 * width)
+    table = order.view(4, width).int()
+    pages = torch.ones(2, 4 * width, page_size, 2, 128, dtype=call.dtype, device="cuda")
+    for row, (start, length) in enumerate(zip(cu.tolist(), lens, strict=False)):
+        for i in range(0, length, page_size):
+            n = min(page_size, length - i)
+            pages[0, table[row, i // page_size], :n] = k[start + i : start + i + n]
+            pages[1, table[row, i // page_size], :n] = v[start + i : start + i + n]
+        table[row, -(-length // page_size) :] = -1  # not needed
+    args = (cu, cu, 200, 200, True, 0.1, name)
+    got = OPS.varlen_attn(q, *pages, *args, block_table=table.cuda())
+    torch.testing.assert_close(got, OPS.varlen_attn(q, k, v, *args), atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
 def test_padded_batches_replay_with_other_lengths(name, causal):

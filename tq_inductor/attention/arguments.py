@@ -53,6 +53,8 @@ class VarlenArguments:
     Attributes:
         q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`.
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, on the device.
+        block_table: int32 `[sequences, n]`, the pages of each sequence, of k and v
+            `[pages, page_size, Hkv, D or Dv]`; always None for a backend that takes no `pages`.
     """
 
     q: torch.Tensor
@@ -64,6 +66,7 @@ class VarlenArguments:
     max_seqlen_k: int
     causal: bool
     scale: float
+    block_table: torch.Tensor | None = None
 
     def zeros(self) -> torch.Tensor:
         """`[Tq, H, Dv]`: what tokens after the last sequence give."""
