@@ -13,12 +13,11 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import RESULTS, environment, replay_times, write_result
+from evidence import RESULTS, environment, installed, replay_times, write_result
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tq_inductor import ops  # noqa: F401  (defines torch.ops.tq_inductor)
@@ -225,12 +224,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only those with this in their name")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    versions = {"cudnn": torch.backends.cudnn.version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    versions = {"cudnn": torch.backends.cudnn.version(), **installed(*PACKAGES)}
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if args.cases in case.name:

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def environment(commit: str | None) -> dict[str, Any]:
         found |= {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
     else:
         found |= {"cpu_threads": os.cpu_count()}
+    return found
+
+
+def installed(*distributions: str) -> dict[str, str | None]:
+    """Distribution -> version, None where it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(distributions)
+    for name in distributions:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 

@@ -15,6 +15,7 @@ from .aligned_window import NOT_SAID, aligned_window
 from .find_calls import SDPANode, static_size, value_of
 from .kv_source import COMPUTED_HERE, PackedSource, origin_of
 from .mask_form import MaskForm, is_plain_causal, name_of, static_end
+from .ragged_padding import padding_beside
 from .visibility import Visibility
 from .writes import Writes
 
@@ -68,6 +69,7 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         interval=form is not None and _is_interval(found, form) and visibility.can_build(sdpa, form),
         is_causal=sdpa.is_causal is not False,
         alignment=alignment,
+        padding=padding_beside(form, q, k) if form and visibility.can_build(sdpa, form) else "",
         window=window,
         dropout=sdpa.dropout_p,
         sinks=sdpa.sinks is not None,

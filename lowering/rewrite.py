@@ -3,6 +3,7 @@
     tq_store -> tq_dequantize -> (repeat_kv) -> scaled_dot_product_attention   ->   tq_append_attend
                 tq_dequantize -> (repeat_kv) -> scaled_dot_product_attention   ->   tq_decode
                                  (repeat_kv) -> scaled_dot_product_attention   ->   attend, dense_attn
+                    padding ->   (repeat_kv) -> scaled_dot_product_attention   ->   varlen_attn
                        mask ->   (repeat_kv) -> scaled_dot_product_attention   ->   the same, simpler
 
 A call that no backend can run exactly stays as it was.
@@ -28,6 +29,7 @@ from .graph_writer import GraphWriter
 from .kv_source import OPS, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
 from .operations import same_sizes
+from .ragged_padding import RaggedPadding
 from .read_mask import MaskReader
 from .repeated_heads import strip_repeated_heads
 from .spell_as_sdpa import spell_as_sdpa
@@ -68,6 +70,7 @@ class _Rewriter:
         self._writes = Writes(graph)
         self._reader = MaskReader(self._writes)
         self._visibility = Visibility(graph, self._writes)
+        self._ragged = RaggedPadding(self._visibility)
 
     def rewrite(self, sdpa: SDPANode, requested: dict[str, str]) -> CallRow:
         found = self._look_at(sdpa)
@@ -78,6 +81,8 @@ class _Rewriter:
             self._read_packed(found)
         elif choice.backend == "triton":
             self._attend(found, choice.backend)
+        elif call.padding and choice.backend in BY_NAME and BY_NAME[choice.backend].varlen:
+            self._attend_ragged(found, choice.backend)
         elif choice.backend in BY_NAME and BY_NAME[choice.backend].attend:
             self._attend_dense(found, call, BY_NAME[choice.backend])
         elif choice.backend == "sdpa":
@@ -118,6 +123,17 @@ class _Rewriter:
         self._replace(sdpa, OPS.dense_attn.default, args)
         _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
 
+    def _attend_ragged(self, found: Found, backend: str) -> None:
+        sdpa, form = found.sdpa, found.form
+        assert form is not None
+        write = GraphWriter(sdpa.node.graph, sdpa.node)
+        with sdpa.node.graph.inserting_before(sdpa.node):
+            result = self._ragged.attend(
+                write, sdpa, found.key, found.value, form, _scale_of(sdpa), backend
+            )
+        self._replace_by(sdpa, result, write)
+        _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
+
     def _read_packed(self, found: Found) -> None:
         """Replace the call by the op that reads the packed cache; erase what that leaves dead."""
         sdpa, source = found.sdpa, found.source
@@ -146,13 +162,18 @@ class _Rewriter:
             graph.erase_node(store)
 
     def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...]) -> None:
-        """Put an op in the place of the call, its result in the layout that SDPA gives."""
-        graph, expected = sdpa.node.graph, value_of(sdpa.node)
-        write = GraphWriter(graph, sdpa.node)
-        with graph.inserting_before(sdpa.node):
-            result = _in_layout_of(expected, write.call(op, *args), write)
+        """Put an op in the place of the call."""
+        write = GraphWriter(sdpa.node.graph, sdpa.node)
+        with sdpa.node.graph.inserting_before(sdpa.node):
+            result = write.call(op, *args)
+        self._replace_by(sdpa, result, write)
+
+    def _replace_by(self, sdpa: SDPANode, result: fx.Node, write: GraphWriter) -> None:
+        """Put a result in the place of the call, in the layout that SDPA gives."""
+        with sdpa.node.graph.inserting_before(sdpa.node):
+            result = _in_layout_of(value_of(sdpa.node), result, write)
         sdpa.node.replace_all_uses_with(result)
-        graph.erase_node(sdpa.node)
+        sdpa.node.graph.erase_node(sdpa.node)
 
     def _simplify(self, found: Found) -> bool:
         """Leave the call to SDPA, without a mask that is plain causal or hides nothing, and without

@@ -69,7 +69,7 @@ class Visibility:
         shape = tuple(str(s) for s in (*value_of(sdpa.query).shape, *value_of(sdpa.key).shape[-2:-1]))
         key = ("bounds", form.lower, form.upper, scanned, shape)
         if key not in self._built:
-            with self._behind_mask(sdpa) as write:
+            with self.behind_mask(sdpa) as write:
                 if scanned is None:
                     self._built[key] = self._of_interval(write, sdpa, form)
                 else:
@@ -84,12 +84,12 @@ class Visibility:
             return None
         key = ("keys", form.keys, str(value_of(sdpa.key).shape[-2]))
         if key not in self._built:
-            with self._behind_mask(sdpa) as write:
+            with self.behind_mask(sdpa) as write:
                 self._built[key] = _Emitter(write, sdpa).tensor(form.keys)
         return self._built[key]
 
     @contextmanager
-    def _behind_mask(self, sdpa: SDPANode) -> Iterator[GraphWriter]:
+    def behind_mask(self, sdpa: SDPANode) -> Iterator[GraphWriter]:
         """Insert where the mask is; without one, before the call."""
         place = self._place(sdpa)
         following = place

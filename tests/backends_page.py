@@ -47,6 +47,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal, fewer queries than keys, top-left": {**FEWER, "is_causal": True, "alignment": "top-left"},
     "sliding window": {"alignment": "equal", "window": (255, 0), "mask": "bool"},
     "window to both sides": {"alignment": "equal", "window": (64, 64), "mask": "bool"},
+    "padding (a mask over keys), full or causal": {"mask": "bool", "padding": "causal"},
     "any bool mask": {"mask": "bool"},
     "any float mask": {"mask": "float"},
     "ALiBi": {"mask": "float", "alibi": True, "alignment": "equal", "window": (None, 0)},

@@ -113,6 +113,8 @@ MATRIX = [
     ("sm90", {"mask": "bool"}, "flex"),
     ("sm90", {"mask": "float"}, "flex"),
     ("sm90", {"mask": "bool", "is_causal": True}, ""),
+    ("sm90", {"mask": "bool", "padding": "full"}, "fa3 fa4 fa2 torch_flash flex"),
+    ("sm90", {"mask": "bool", "padding": "causal", "softcap": 30.0}, "flex"),
     # ragged and paged
     ("sm90", {**CAUSAL, "varlen": True}, "fa3 fa4 fa2 torch_flash"),
     ("sm90", {"page_size": 16}, "fa4 flashinfer"),
@@ -293,14 +295,39 @@ def test_fa2_is_called_by_keyword(package, window, asked):
     assert second["max_seqlen_q"] == 5
 
 
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_fa4_may_return_a_tuple(monkeypatch, as_tuple):
-    """Versions and functions differ: plain calls give (out, lse), the ragged ones a tensor."""
-    interface = types.ModuleType("flash_attn.cute.interface")
-    exec(RECORDER, interface.__dict__)
-    interface.as_tuple = as_tuple
-    for name, module in (("flash_attn", None), ("flash_attn.cute", None), (interface.__name__, interface)):
+@pytest.fixture
+def interface(monkeypatch):
+    """A FlashAttention 4 that notes what it is called with."""
+    made = types.ModuleType("flash_attn.cute.interface")
+    exec(RECORDER, made.__dict__)
+    for name, module in (("flash_attn", None), ("flash_attn.cute", None), (made.__name__, made)):
         monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
+    return made
+
+
+def test_fa4_reads_pages_where_they_lie(interface):
+    x = ragged()
+    pages = [y.unflatten(0, (2, 4)) for y in (x.k, x.v)]
+    table = torch.tensor([[0, -1], [1, 99]], dtype=torch.int32)
+    fa4.varlen(dataclasses.replace(x, k=pages[0], v=pages[1], block_table=table))
+    (said,) = interface.calls
+    assert "cu_seqlens_k" not in said
+    assert said["k"] is pages[0]
+    assert said["page_table"].tolist() == [[0, 0], [1, 1]]  # there is no page -1
+    assert (said["seqused_k"].tolist(), said["seqused_k"].dtype) == ([3, 5], torch.int32)
+
+
+@pytest.mark.parametrize(("capability", "takes"), [((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_who_takes_pages(monkeypatch, capability, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = [b.name for b in BACKENDS if b.pages(torch.device("cuda"))]
+    assert found == (["fa4"] if takes else [])
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_fa4_may_return_a_tuple(interface, as_tuple):
+    """Versions and functions differ: plain calls give (out, lse), the ragged ones a tensor."""
+    interface.as_tuple = as_tuple
     assert fa4.attend(dense()).shape == (1, 8, 4, 16)
     assert fa4.varlen(ragged()).shape == (8, 4, 16)
     assert all(kwargs["causal"] for kwargs in interface.calls)

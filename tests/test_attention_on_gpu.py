@@ -117,6 +117,21 @@ def test_softcap_and_sinks(name):
     )
 
 
+@pytest.mark.parametrize("name", DENSE)
+def test_alibi_slopes(name):
+    call = dataclasses.replace(described(*CALLS["fewer queries"]), alibi=True)
+    ready(name, call)
+    q, k, v = tensors_for(call)
+    slopes = 2.0 ** -torch.arange(1, call.num_heads + 1)
+    how = (call.alignment, -1, 0, None, call.head_dim**-0.5, name)
+    got = OPS.dense_attn(q, k, v, None, slopes.cuda(), None, *how)
+    bias = slopes.double().view(1, -1, 1, 1) * torch.arange(call.kv_len)
+    visible = visible_window(call.q_len, call.kv_len, call.alignment, call.window)
+    wide = [x.double().cpu() for x in (q, k, v)]
+    want = attention(*wide, visible, call.head_dim**-0.5, bias)
+    torch.testing.assert_close(got.double().cpu(), want, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
 def test_ragged(name, causal):
@@ -131,6 +146,64 @@ def test_ragged(name, causal):
     want = OPS.varlen_attn(q.cpu(), k.cpu(), v.cpu(), *(x.cpu() for x in args[:2]), *args[2:]).float()
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
     assert got[100:].abs().max() == 0
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
+def test_pages(name, page_size):
+    """Those that take no pages get them copied."""
+    call = dataclasses.replace(described(*CALLS["causal"]), varlen=True)
+    ready(name, call)
+    lens = [30, 200, 0, 1]
+    cu = torch.tensor([0, *lens], device="cuda").cumsum(0).int()
+    q, (k, v) = torch.randn(231, 8, 128), torch.randn(2, 231, 2, 128)
+    q, k, v = (x.to("cuda", call.dtype) for x in (q, k, v))
+    width = -(-200 // page_size)
+    order = torch.randperm(4 * width)
+    table = order.view(4, width).int()
+    pages = torch.ones(2, 4 * width, page_size, 2, 128, dtype=call.dtype, device="cuda")
+    for row, (start, length) in enumerate(zip(cu.tolist(), lens, strict=False)):
+        for i in range(0, length, page_size):
+            n = min(page_size, length - i)
+            pages[0, table[row, i // page_size], :n] = k[start + i : start + i + n]
+            pages[1, table[row, i // page_size], :n] = v[start + i : start + i + n]
+        table[row, -(-length // page_size) :] = -1  # not needed
+    args = (cu, cu, 200, 200, True, 0.1, name)
+    got = OPS.varlen_attn(q, *pages, *args, block_table=table.cuda())
+    torch.testing.assert_close(got, OPS.varlen_attn(q, k, v, *args), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.varlen])
+def test_padded_batches_replay_with_other_lengths(name, causal):
+    """Every query is right, of padding too; lengths are read on the device."""
+    q_len = 200
+    call = dataclasses.replace(
+        described(*CALLS["full"]), mask="bool", alignment="", padding="causal" if causal else "full"
+    )
+    ready(name, call)
+
+    def f(q, k, v, real):
+        mask = real[:, None, None, :]
+        if causal:
+            at = torch.arange(q_len, device=q.device)
+            mask = mask & (at[None, None, None, :] <= at[None, None, :, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    options = {"attention": name, "triton.cudagraphs": True}
+    place = torch.arange(q_len)
+    rows = [(place < 90, place >= 170), (place >= 0, place % 3 == 1), (place < 0, place >= 199)]
+    with torch.no_grad():
+        compiled = torch.compile(f, backend=turboquant, options=options)
+        for real in [torch.stack(pair) for pair in (*rows, *rows)]:
+            q, k, v = tensors_for(call)
+            out = compiled(q, k, v, real.cuda()).double().cpu()
+            visible = real[:, None, None].expand(-1, 1, q_len, -1)
+            visible = visible & (place <= place[:, None]) if causal else visible
+            wide = [x.double().cpu() for x in (q, k, v)]
+            torch.testing.assert_close(
+                out, attention(*wide, visible, call.head_dim**-0.5), atol=2e-2, rtol=2e-2
+            )
 
 
 @pytest.mark.parametrize(

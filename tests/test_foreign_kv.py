@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import tq_inductor.ops  # noqa: F401
-from tq_inductor.foreign_kv import FP8, plain_tokens
+from tq_inductor.foreign_kv import FP8, check_stored
 
 varlen_attn = torch.ops.tq_inductor.varlen_attn
 LENGTHS = [5, 0, 9, 1]
@@ -77,7 +77,7 @@ def test_opcheck():
 def test_bytes_are_never_guessed(dtype, kv_format, message):
     x = torch.zeros(15, 2, 16, dtype=dtype)
     with pytest.raises(ValueError, match=message):
-        plain_tokens(x, torch.bfloat16, kv_format, CU_K, None, 9)
+        check_stored(x, torch.bfloat16, kv_format, None)
 
 
 def test_pages_need_a_block_table():

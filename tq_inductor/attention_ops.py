@@ -6,7 +6,7 @@ import torch
 
 from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
-from .foreign_kv import plain_tokens
+from .foreign_kv import check_stored, plain_tokens
 
 
 def _attend(
@@ -86,10 +86,13 @@ def _varlen_attn(
     v_scale: float = 1.0,
     block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    stored = (q.dtype, kv_format, cu_seqlens_k, block_table, max_seqlen_k)
-    k, v = plain_tokens(k, *stored), plain_tokens(v, *stored)
+    for stored in (k, v):
+        check_stored(stored, q.dtype, kv_format, block_table)
+    if kv_format is not None or not (q.is_cuda and BY_NAME[backend].pages(q.device)):
+        how = (q.dtype, kv_format, cu_seqlens_k, block_table, max_seqlen_k)
+        k, v, block_table = plain_tokens(k, *how), plain_tokens(v, *how), None
     sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    x = VarlenArguments(q, k, v, *sizes, is_causal, scale * k_scale)
+    x = VarlenArguments(q, k, v, *sizes, is_causal, scale * k_scale, block_table)
     if q.is_cuda and backend != "triton":
         varlen = BY_NAME[backend].varlen
         if varlen is None:

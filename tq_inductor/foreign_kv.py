@@ -10,19 +10,10 @@ import torch
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-def plain_tokens(
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    kv_format: str | None,
-    cu_seqlens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    longest: int,
-) -> torch.Tensor:
-    """Tokens `[T, heads, D]` of `dtype`, exactly; see `without_pages` for the last three arguments.
-
-    Args:
-        x: `[T, heads, D]`, or `[pages, page_size, heads, D]` with a block table.
-        kv_format: a name in `FP8`, of bytes or of a tensor of that fp8 dtype; None of 16 or 32 bits.
+def check_stored(
+    x: torch.Tensor, dtype: torch.dtype, kv_format: str | None, block_table: torch.Tensor | None
+) -> None:
+    """Refuse keys or values that are not as `varlen_attn` was told, beside queries of `dtype`.
 
     Raises:
         ValueError: bytes of no declared or of another format; pages without a block table.
@@ -36,6 +27,24 @@ def plain_tokens(
         raise ValueError(f"kv_format={kv_format!r} of a tensor of {x.dtype}")
     if x.dim() != (3 if block_table is None else 4):
         raise ValueError("pages [pages, page_size, heads, D] and a block_table belong together")
+
+
+def plain_tokens(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    kv_format: str | None,
+    cu_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    longest: int,
+) -> torch.Tensor:
+    """Tokens `[T, heads, D]` of `dtype`, exactly, of what `check_stored` lets pass.
+
+    See `without_pages` for the last three arguments.
+
+    Args:
+        x: `[T, heads, D]`, or `[pages, page_size, heads, D]` with a block table.
+        kv_format: a name in `FP8`, of bytes or of a tensor of that fp8 dtype; None of 16 or 32 bits.
+    """
     if kv_format is not None:
         x = x.view(torch.uint8)
     if block_table is not None:

@@ -53,6 +53,8 @@ class VarlenArguments:
     Attributes:
         q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`.
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, on the device.
+        block_table: int32 `[sequences, n]`, the pages of each sequence, of k and v
+            `[pages, page_size, Hkv, D or Dv]`; always None for a backend that takes no `pages`.
     """
 
     q: torch.Tensor
@@ -64,10 +66,16 @@ class VarlenArguments:
     max_seqlen_k: int
     causal: bool
     scale: float
+    block_table: torch.Tensor | None = None
 
     def zeros(self) -> torch.Tensor:
         """`[Tq, H, Dv]`: what tokens after the last sequence give."""
         return self.q.new_zeros((*self.q.shape[:-1], self.v.shape[-1]))
+
+    def zeroed_behind(self, out: torch.Tensor) -> torch.Tensor:
+        """`out` `[Tq, H, Dv]` with zeros for tokens after the last sequence, which kernels leave unset."""
+        token = torch.arange(out.shape[0], device=out.device)
+        return torch.where((token < self.cu_seqlens_q[-1])[:, None, None], out, 0)
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,8 @@ class AttentionCall:
         alignment: if `window` says all of the mask, or all but ALiBi: where query i stands among the keys,
             "top-left" (at key i), "bottom-right" (at key `i + kv_len - q_len`), or "equal" where these are
             the same; otherwise "".
+        padding: "full" or "causal" (as many queries as keys) if the mask is that and a mask over keys, and
+            all sizes are known; otherwise "".
         window: how many keys before and after its own place a query sees; None: no limit on that side.
             `(None, 0)` is causal, `(255, 0)` causal with a sliding window of 256 keys.
         dropout: probability.
@@ -68,6 +70,7 @@ class AttentionCall:
     interval: bool = False
     is_causal: bool = False
     alignment: str = ""
+    padding: str = ""
     window: Window = (None, None)
     dropout: float = 0.0
     sinks: bool = False

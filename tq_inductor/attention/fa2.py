@@ -54,5 +54,4 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
         causal=x.causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False,
     )  # fmt: skip
-    token = torch.arange(x.q.shape[0], device=x.q.device)
-    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], out, 0)
+    return x.zeroed_behind(out)

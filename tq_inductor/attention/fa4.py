@@ -76,13 +76,21 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
     """Ragged attention `[Tq, H, Dv]`."""
     from flash_attn.cute.interface import flash_attn_varlen_func
 
+    keys = {"cu_seqlens_k": x.cu_seqlens_k}
+    if x.block_table is not None:  # what it does not need may be anything, to us
+        table = x.block_table.clamp(0, x.k.shape[0] - 1)
+        keys = {"page_table": table, "seqused_k": x.cu_seqlens_k.diff()}
     out = flash_attn_varlen_func(
-        q=x.q, k=x.k, v=x.v, cu_seqlens_q=x.cu_seqlens_q, cu_seqlens_k=x.cu_seqlens_k,
-        max_seqlen_q=x.max_seqlen_q, max_seqlen_k=x.max_seqlen_k, softmax_scale=x.scale, causal=x.causal,
-        window_size=(None, None), softcap=0.0, return_lse=False,
+        q=x.q, k=x.k, v=x.v, cu_seqlens_q=x.cu_seqlens_q, max_seqlen_q=x.max_seqlen_q,
+        max_seqlen_k=x.max_seqlen_k, softmax_scale=x.scale, causal=x.causal, window_size=(None, None),
+        softcap=0.0, return_lse=False, **keys,
     )  # fmt: skip
-    token = torch.arange(x.q.shape[0], device=x.q.device)
-    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], _only(out), 0)
+    return x.zeroed_behind(_only(out))
+
+
+def pages(device: torch.device) -> bool:
+    """Whether `varlen` takes k and v in pages; those of a sequence are finite behind its end, too."""
+    return limits_of(torch.cuda.get_device_capability(device)).page_multiple is not None
 
 
 def _only(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -56,7 +56,7 @@ def why_not(call: AttentionCall) -> list[str]:
             reasons.append("head_dim=64 of nvfp4 bytes")
         if call.window[0] is not None and call.window[1] != 0:
             reasons.append(f"window {call.window} that is not causal")
-        if call.varlen:
+        if call.varlen or call.padding:
             reasons.append("ragged lengths lie on the device, plan() needs them on the host")
         reasons += packages.missing(PACKAGE, OLDEST, EXTRA)
     return reasons

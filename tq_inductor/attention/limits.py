@@ -152,6 +152,8 @@ class Limits:
         if not call.plain and not call.alibi:
             if call.mask == "none":
                 return [f"is_causal=True with q_len={call.q_len}, kv_len={call.kv_len}, aligned top-left"]
+            if call.padding and self.varlen and call.mask not in self.masks:
+                return _against_ragged_rows(call)
             if call.mask not in self.masks:
                 return [f"mask ({call.mask}: {call.visible}) is more than alignment and window"]
             return []
@@ -182,3 +184,11 @@ class Limits:
         elif call.page_size is not None and call.page_size % (self.page_multiple or 1):
             reasons.append(f"pages of {call.page_size} tokens (needs multiples of {self.page_multiple})")
         return reasons
+
+
+def _against_ragged_rows(call: AttentionCall) -> list[str]:
+    """Reasons against a padded call as a ragged one, `varlen_attn`."""
+    asked = {f"softcap={call.softcap}": call.softcap is not None, "attention sinks": call.sinks}
+    return [
+        f"{what} with padding: ragged sequences have none" for what, asked_for in asked.items() if asked_for
+    ]

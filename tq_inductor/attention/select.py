@@ -27,6 +27,7 @@ class AttentionBackend:
             the one that is about to be chosen.
         attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
         varlen: computes what the op `varlen_attn` is called with; None if it cannot, or by another way.
+        pages: whether `varlen` takes keys and values in pages on a device; they are copied for the others.
     """
 
     name: str
@@ -35,13 +36,14 @@ class AttentionBackend:
     broken: Callable[[], list[str]] = list
     attend: Callable[[DenseArguments], torch.Tensor] | None = None
     varlen: Callable[[VarlenArguments], torch.Tensor] | None = None
+    pages: Callable[[torch.device], bool] = lambda device: False
 
 
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
     AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
     AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.broken, fa3.attend, fa3.varlen),
-    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.broken, fa4.attend, fa4.varlen),
+    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.broken, fa4.attend, fa4.varlen, fa4.pages),
     AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.broken, fa2.attend, fa2.varlen),
     AttentionBackend(
         "flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.broken, flashinfer.attend

@@ -44,5 +44,4 @@ def varlen(x: VarlenArguments) -> torch.Tensor:
         max_q=x.max_seqlen_q, max_k=x.max_seqlen_k, dropout_p=0.0, is_causal=x.causal,
         return_debug_mask=False, scale=x.scale,
     )[0]  # fmt: skip
-    token = torch.arange(x.q.shape[0], device=x.q.device)
-    return torch.where((token < x.cu_seqlens_q[-1])[:, None, None], out, 0)
+    return x.zeroed_behind(out)
