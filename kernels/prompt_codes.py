@@ -48,12 +48,10 @@ def code_polynomial(bits: int) -> tuple[float, float, tuple[float, ...]]:
 
 
 def code_steps(bits: int, dim: int) -> tuple[float, float]:
-    """Steps of 1 in e4m3 units that `encode_asm` counts coordinates and centroids in; 1 for 8 bits.
+    """Steps of 1 in e4m3 units that `encode_asm` counts coordinates and centroids in.
 
     The first is a power of two with which the largest coordinate fits 15 bits.
     """
-    if bits == 8:
-        return 1.0, 1.0
     largest = codebook(bits).unit * dim**0.5
     return 2.0 ** math.floor(math.log2(32767 / largest)), CENTROID_STEPS
 
@@ -71,21 +69,21 @@ def table_words(bits: int) -> tuple[int, int]:
 
 
 @triton.constexpr_function
-def words_of_call(bits: int, dim: int) -> int:
-    """Words that `encode_asm` gives for 64 or 128 dims: two of 8 bits and 128 dims, or of 3 bits."""
-    return 2 if bits == 3 or dim * bits == 1024 else 1
+def words_of_call(bits: int) -> int:
+    """Words that `encode_asm` gives for 64 or 128 dims: of 3 bits magnitudes and signs."""
+    return 2 if bits == 3 else 1
 
 
 @triton.constexpr_function
-def first_byte(bits: int, dim: int, word: int) -> int:
+def first_byte(dim: int, word: int) -> int:
     """Where the bytes of a word of `encode_asm` begin in a row; those of 3 bits' signs have their plane."""
-    return 0 if word == 0 else dim // 4 if bits == 3 else 64
+    return 0 if word == 0 else dim // 4
 
 
 @triton.constexpr_function
-def lanes_apart(bits: int, word: int) -> int:
+def lanes_apart(word: int) -> int:
     """Of how many of the 8 lanes with other dims the bytes of this word differ: of 3 bits' signs of 4."""
-    return 4 if bits == 3 and word == 1 else 8
+    return 4 if word == 1 else 8
 
 
 def field_order(bits: int, dim: int) -> list[int]:
@@ -102,13 +100,11 @@ def encode_asm(bits: int, dim: int) -> str:
     Operands: `words_of_call` words of codes in the order of `field_order` (of 3 bits: of two bits for each
     magnitude; of a bit for each sign, of the same dims and those of the lane 16 further), two sums (of
     coordinate times centroid, of squares of centroids), `dim / 16` coordinates, what takes them to steps.
-    The sums are float32 in e4m3 units for 8 bits, and else integers in steps. NaN gets code 0.
+    The sums are integers in steps. NaN gets code 0.
     """
-    count, words = dim // 16, words_of_call(bits, dim)
+    count, words = dim // 16, words_of_call(bits)
     inputs = [f"${words + 2 + i}" for i in range(count)]
     order, factor = field_order(bits, dim), f"${words + 2 + count}"
-    if bits == 8:
-        return encode_fp8([inputs[i] for i in order], factor, f"${words}", f"${words + 1}")
     field = 2 if bits == 3 else bits
     members = [(inputs[i], f"q{i}") for i in order]
     lines = [".reg .f32 g, u, h, c; .reg .b32 s, w, z0, z1, t, a, b, p, n, d;"]
@@ -157,22 +153,3 @@ def magnitude_lines(
             lines.append(f"fma.rn.f32 c, c, {literal(1 << field)}, {literal((1 - (1 << field)) * MAGIC)};")
         lines.append(f"fma.rn.f32 c, h, u, c; mov.b32 {result}, c;")
     return lines
-
-
-def encode_fp8(members: list[str], factor: str, numerator: str, square: str) -> str:
-    """`encode_asm` of 8 bits, by the conversion to e4m3."""
-    lines = [".reg .f32 x, y, n, d; .reg .b16 l, h, p, q; .reg .b32 w;"]
-    lines.append("mov.f32 n, 0f00000000; mov.f32 d, 0f00000000;")
-    for pair in range(0, len(members), 2):
-        first, second = members[pair : pair + 2]
-        half = "hl"[pair % 4 == 0]
-        lines.append(f"mul.rn.f32 x, {first}, {factor}; mul.rn.f32 y, {second}, {factor};")
-        lines.append(f"cvt.rn.satfinite.e4m3x2.f32 {half}, y, x;")
-        lines.append(f"cvt.rn.f16x2.e4m3x2 w, {half}; mov.b32 {{p, q}}, w;")
-        for value, centroid in (("x", "p"), ("y", "q")):
-            lines.append(f"{{ .reg .f32 c; cvt.f32.f16 c, {centroid};")
-            lines.append(f"fma.rn.f32 n, {value}, c, n; fma.rn.f32 d, c, c, d; }}")
-        if pair % 4 == 2:
-            lines.append(f"mov.b32 ${pair // 4}, {{l, h}};")
-    lines.append(f"mov.f32 {numerator}, n; mov.f32 {square}, d;")
-    return "{" + "\n".join(lines) + "}"

@@ -1,7 +1,7 @@
 """`store` for a prompt: the transform on the tensor cores, everything else in registers.
 
-For NVIDIA GPUs that convert fp8 (sm_89 on) and 16-bit keys and values; `store` has the kernel for all
-others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
+For NVIDIA GPUs from sm_89 on, 16-bit keys and values and codes of up to 4 bits; `store` has the kernel for
+all others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
 keys or values, each group aligned as value rows are interleaved.
 
 The Hadamard matrix of D is one of 16, over bits 0, 2, 3, 4 of a dim, for the tensor cores, and one of
@@ -44,9 +44,7 @@ TRANSPOSE = gl.constexpr(
 
 @gluon.constexpr_function
 def encode_constraints(dim: int, bits: int) -> str:
-    words = words_of_call(bits, dim)
-    sums = "=f,=f" if bits == 8 else "=r,=r"
-    return "=r," * words + sums + ",f" * (dim // 16 + 1)
+    return "=r," * words_of_call(bits) + "=r,=r" + ",f" * (dim // 16 + 1)
 
 
 @gluon.constexpr_function
@@ -148,12 +146,8 @@ def encode(y, factor, BITS: gl.constexpr, DIM: gl.constexpr, ASM: gl.constexpr):
     # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
     if BITS == 3:
         out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32, int32), True, 1)
-    elif BITS != 8:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
-    elif DIM == 64:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, float32, float32), True, 1)
     else:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, float32, float32), True, 1)
+        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
     return out
 
 
@@ -275,7 +269,7 @@ def store_side(
 
         root = gl.rsqrt(squares)
         out = encode(y, (root * (UNIT * STEPS[0] * DIM**0.5))[None, :], BITS, DIM, ASM)
-        WORDS: gl.constexpr = words_of_call(BITS, DIM)
+        WORDS: gl.constexpr = words_of_call(BITS)
         numerator = gl.sum(out[WORDS], axis=0).to(float32)
         over = gl.rsqrt(gl.maximum(gl.sum(out[WORDS + 1], axis=0).to(float32), TINY))
         length = squares * root * unit
@@ -291,11 +285,11 @@ def store_side(
         for w in gl.static_range(WORDS):
             row_ptr = page_ptr + position * ROW
             if INTERLEAVED:
-                group_ptr = row_ptr + (rows_offset + first_byte(BITS, DIM, w) * TOKENS)
-                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64, lanes_apart(BITS, w))
+                group_ptr = row_ptr + (rows_offset + first_byte(DIM, w) * TOKENS)
+                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64, lanes_apart(w))
             else:
-                row_ptr += first_byte(BITS, DIM, w)
-                write_key_words(row_ptr, out[w], valid, ROW, ROW >= 64, lanes_apart(BITS, w))
+                row_ptr += first_byte(DIM, w)
+                write_key_words(row_ptr, out[w], valid, ROW, ROW >= 64, lanes_apart(w))
 
 
 @gluon.jit
@@ -339,7 +333,7 @@ def takes(k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, beside: Beside) -> bo
     sides = ((k, fmt.k_bits), (v, fmt.v_bits))
     return (
         k.shape[2] >= LEAST_TOKENS
-        and all(x.shape[-1] == 128 or (x.shape[-1] == 64 and bits in (4, 8)) for x, bits in sides)
+        and all((x.shape[-1] == 128 and bits < 8) or (x.shape[-1], bits) == (64, 4) for x, bits in sides)
         and k.dtype == v.dtype
         and k.dtype in (torch.bfloat16, torch.float16)
         and (beside.k_mean is None or beside.k_mean.dtype == k.dtype)

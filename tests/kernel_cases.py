@@ -130,10 +130,10 @@ PROMPT_GPU = [  # `store_prompt`; groups of 16 that others share, before the row
         Case(name, dim, v_dim, q_len=q, lens=lens, max_len=lens[0], exact=exact, dtype=dtype)
         for name, dim, v_dim in (
             ("k4v4", 128, 128),
-            ("k8v2", 128, 128),
-            ("k3v8", 128, 64),
-            ("k8v3", 64, 128),
+            ("k3v2", 128, 128),
+            ("k4v3", 64, 128),
             ("k2v4", 128, 64),
+            ("k8v4", 128, 128),
         )
         for q, lens, exact, dtype in (
             (64, (64, 1000, 71), (0, 0), BF16),

@@ -203,7 +203,10 @@ def check_store(case: Case, device: str) -> None:
         scales = [x[f"{side}_scales"] for x in (old, want, got)]
         assert torch.equal(*(x[~written].view(torch.int16) for x in scales[::2])), f"{side}: scales"
         want_scale, got_scale = (x[written].float() for x in scales[1:])
-        close = torch.isclose(got_scale, want_scale, rtol=2**-7, atol=0, equal_nan=True)
+        # A code that is another one, at a boundary, moves the fit of its vector by up to another ulp.
+        ulps = torch.where((codes[0] != codes[1]).any(-1), 2, 1)
+        close = (got_scale - want_scale).abs() <= want_scale.abs() * ulps * 2**-7
+        close |= (got_scale == want_scale) | (got_scale.isnan() & want_scale.isnan())
         assert close.all(), f"{side}: {(~close).sum()} scales are more than one bf16 ulp away"
 
 

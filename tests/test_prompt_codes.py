@@ -41,7 +41,7 @@ def test_the_polynomial_rounds_to_the_code_on_both_sides_of_every_midpoint(bits)
     assert torch.equal(magnitude_codes(x, bits, 128), torch.bucketize(x, midpoints))
 
 
-@pytest.mark.parametrize(("bits", "dim"), [(2, 128), (4, 64), (4, 128), (8, 64), (8, 128)])
+@pytest.mark.parametrize(("bits", "dim"), [(2, 128), (4, 64), (4, 128)])
 def test_codes_lie_in_the_bytes_that_the_format_says(bits, dim):
     """Lane r has dims 4r + 2e + d of every 32, for e = 0 and 1 the inputs 2q + e of `encode_asm`."""
     codes = torch.randint(0, 2**bits, (dim,))
