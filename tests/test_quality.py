@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # the harness is a folder of scripts, not an installed package
 
 from quality import lists, metrics, model, schemes, sphere, synthetic  # noqa: E402
-from quality.codes import CODES  # noqa: E402
+from quality.codes import CODES, lloyd_max  # noqa: E402
 
 THETA = 1e4
 
@@ -39,7 +39,7 @@ def unit_vectors(count, head_dim):
         ("4", 0.00924),
         ("3", 0.0336),
         ("2", 0.1154),
-        ("vllm4", 0.0092),
+        ("vllm4", 0.00917),
         ("vllm3", 0.0338),
         ("unbiased4", 0.0093),
         ("unbiased2", 0.1310),
@@ -50,6 +50,12 @@ def test_distortion_equals_the_references_figure(name, expected):
     x = unit_vectors(8000, 128)
     error = (CODES[name].round_trip(x) - x).square().sum(-1).mean().item()
     assert error == pytest.approx(expected, rel=0.03)
+
+
+def test_lloyd_max_centroids_are_the_textbooks():
+    assert lloyd_max(1).tolist() == pytest.approx([0.7979], abs=1e-4)
+    assert lloyd_max(2).tolist() == pytest.approx([0.4528, 1.5104], abs=1e-4)
+    assert lloyd_max(4).tolist() == pytest.approx([0.2451, 0.7560, 1.3439, 2.1519], abs=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -12,7 +12,6 @@ from functools import cache
 
 import torch
 
-from tq_inductor.codebook import codebook
 from tq_inductor.codec import centroids_of, decode_vectors, encode_vectors
 from tq_inductor.rotation import rotation_matrix
 
@@ -42,7 +41,7 @@ class Code:
 
 
 def scalar(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """The package's code: rotation, Lloyd-Max centroids on the fp8 grid, least-squares scale."""
+    """The package's code: rotation, the best centroids of the fp8 grid, least-squares scale."""
     rotation = _rotation(x.shape[-1])
     return decode_vectors(*encode_vectors(x, bits, rotation), bits, rotation)
 
@@ -59,16 +58,28 @@ def unbiased(x: torch.Tensor, bits: int) -> torch.Tensor:
 def vllm_key(x: torch.Tensor, bits: int) -> torch.Tensor:
     """vLLM's key: Hadamard without signs, Lloyd-Max codes of x / |x|, norm fp16, "norm correction".
 
-    The correction makes the centroid vector as long as x (vLLM pull request 38479).
+    The correction makes the centroid vector as long as x (vLLM pull request 38479). Centroids are exact,
+    where vLLM's come from a numerical integral.
     """
     norm = x.norm(dim=-1, keepdim=True)
     y = x / (norm + 1e-8) @ _plain_hadamard(x.shape[-1])
-    book = codebook(bits)  # within 0.2% of vLLM's own trapezoid Lloyd-Max centroids
-    grid = y.abs() * (book.unit * x.shape[-1] ** 0.5)
-    index = torch.bucketize(grid, grid.new_tensor(book.midpoints))
-    centroids = torch.copysign(grid.new_tensor(book.magnitudes)[index], y)
+    magnitudes = lloyd_max(2 ** (bits - 1))
+    index = torch.bucketize(y.abs() * x.shape[-1] ** 0.5, (magnitudes[1:] + magnitudes[:-1]) / 2)
+    centroids = torch.copysign(magnitudes[index], y)
     unit = centroids / centroids.norm(dim=-1, keepdim=True)
     return unit * norm.half().float() @ _plain_hadamard(x.shape[-1]).T
+
+
+@cache
+def lloyd_max(levels: int) -> torch.Tensor:
+    """Positive centroids of the best symmetric quantiser of a standard normal with 2 * `levels` values."""
+    centroids = 3 * (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    ends = torch.tensor([0.0, torch.inf], dtype=torch.float64)
+    for _ in range(5000):
+        edges = torch.cat([ends[:1], (centroids[1:] + centroids[:-1]) / 2, ends[1:]])
+        density = (-edges.square() / 2).exp() / (2 * torch.pi) ** 0.5
+        centroids = -density.diff() / torch.special.ndtr(edges).diff()
+    return centroids.float()
 
 
 def min_max(x: torch.Tensor, bits: int) -> torch.Tensor:
