@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from .schemes import Scheme
 
-SINK_TOKENS, RECENT_TOKENS = 4, 32  # of caches that are not said to have others
 EXACT = Scheme("exact", "exact", "exact")
 
 
@@ -15,23 +14,45 @@ def packed(name: str) -> Scheme:
     return Scheme(name, name[1], name[3])
 
 
-def cached(name: str, sinks: int = SINK_TOKENS, recent: int = RECENT_TOKENS) -> Scheme:
+def cached(name: str, sinks: int = 0, recent: int = 0) -> Scheme:
     """A `TurboQuantCache` of a format as it is, read token by token."""
-    given = "" if recent == RECENT_TOKENS else f", recent_tokens={recent}"
-    options = {"sinks": sinks, "recent": recent, "cache": name}
-    return Scheme(f"TurboQuantCache {name}{given}", name[1], name[3], **options)
+    given = {"sink_tokens": sinks, "recent_tokens": recent}
+    label = ", ".join([f"TurboQuantCache {name}", *(f"{key}={n}" for key, n in given.items() if n)])
+    return Scheme(label, name[1], name[3], sinks=sinks, recent=recent, cache=name)
 
 
-CACHES = (*map(cached, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")), cached("k2v2", recent=128))
+CACHES = (
+    *map(cached, ("k8v4", "k4v4", "k4v2", "k3v3", "k2v2")),
+    *(cached(name, sinks=4, recent=32) for name in ("k4v4", "k3v3")),
+    *(cached(name, recent=128) for name in ("k4v4", "k3v3", "k2v2")),
+)
+VLLM = (
+    Scheme("vLLM k8v4", "fp8", "minmax4"),
+    Scheme("vLLM 4bit_nc", "vllm4", "minmax4"),
+    Scheme("vLLM k3v4_nc", "vllm3", "minmax4"),
+    Scheme("vLLM 3bit_nc", "vllm3", "minmax3"),
+)
 FORMATS = (
     Scheme("bf16", "bf16", "bf16"),
     Scheme("fp8", "fp8", "fp8"),
     *map(packed, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")),
     *CACHES,
-    Scheme("vLLM k8v4", "fp8", "minmax4"),
-    Scheme("vLLM 4bit_nc", "vllm4", "minmax4"),
-    Scheme("vLLM k3v4_nc", "vllm3", "minmax4"),
-    Scheme("vLLM 3bit_nc", "vllm3", "minmax3"),
+    *VLLM,
+)
+# Plain codes beside what the package does.
+LARGE_BIAS = (
+    *FORMATS[:2],
+    *map(packed, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    *(cached(name, recent=128) for name in ("k4v4", "k3v3", "k2v2")),
+    *VLLM,
+)
+RECALL = (
+    FORMATS[0],
+    packed("k4v4"),
+    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
+    *VLLM[1:],
 )
 
 

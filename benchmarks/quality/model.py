@@ -2,7 +2,8 @@
 
 One forward pass per batch, but every query attends to what a cache read token by token would give it:
 a key's code depends on nothing after it, so all codes can be made at once. Only the first chunk sees
-raw keys and values, as prefill does. A test holds this against a `TurboQuantCache` read in chunks.
+raw keys and values, as prefill does; after it a query reads every key from the cache, its own too, as
+decoding does. A test holds this against a `TurboQuantCache` read token by token and 16 at a time.
 """
 
 from __future__ import annotations
