@@ -41,18 +41,20 @@ FORMATS = (
 )
 # Plain codes beside what the package does.
 LARGE_BIAS = (
-    *FORMATS[:2],
-    *map(packed, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    FORMATS[1],
+    *map(packed, ("k4v4", "k3v3", "k2v2")),
     *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
-    *(cached(name, recent=128) for name in ("k4v4", "k3v3", "k2v2")),
-    *VLLM,
+    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
+    VLLM[0],
+    VLLM[1],
+    VLLM[3],
 )
 RECALL = (
     FORMATS[0],
-    packed("k4v4"),
-    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
-    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
-    *VLLM[1:],
+    *map(cached, ("k4v4", "k3v3", "k2v2")),
+    cached("k2v2", recent=128),
+    VLLM[1],
+    VLLM[3],
 )
 
 
