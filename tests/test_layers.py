@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "attention_ops": ["attention.*", "foreign_kv"],
     "ops": ["attention_ops", "packed_ops"],
     "storage": ["beside", "errors", "format", "ops", "rotation"],
-    "cache": ["cache_layers", "errors", "format", "storage"],
+    "layer_formats": ["errors", "format"],
+    "cache": ["cache_layers", "errors", "format", "layer_formats", "storage"],
     "cache_layers": ["format", "storage"],
     "attention": [],
     "attention.call": [],
@@ -75,6 +76,8 @@ MAY_IMPORT = {
     "bench_point": ["cache", "clock"],
     "bench": ["bench_point", "errors"],
     "plot": ["errors"],
+    "calibrate": ["cache", "cache_layers", "errors", "format", "generate_text"],
+    "plot_policy": ["plot"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
 MAY_IMPORT_LATE = {
@@ -85,7 +88,9 @@ MAY_IMPORT_LATE = {
 # Who may import these distributions at all, and who when loaded (others: inside a function). The
 # compiler works without Hugging Face, and registering the ops needs no Triton.
 ANYWHERE = {
-    "transformers": ["cache", "cache_layers", "cli", "demo", "clock", "generate_text", "bench_point"],
+    "transformers": [
+        *("cache", "cache_layers", "calibrate", "cli", "demo", "clock", "generate_text", "bench_point"),
+    ],
 }
 WHEN_LOADED = {"triton": ["kernels.*"]}
 
