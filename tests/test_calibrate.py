@@ -10,10 +10,11 @@ from test_cache import build
 from transformers import AutoTokenizer
 
 from tq_inductor import KVFormat, PackedKVCache, cli
-from tq_inductor.calibrate import bytes_per_token, cache_to_read_back, cheapest, measure
+from tq_inductor.calibrate import bytes_per_token, cheapest, measure
 from tq_inductor.errors import FormatError, UsageError
 from tq_inductor.generate_text import DEMO_MODEL
 from tq_inductor.layer_formats import read_policy
+from tq_inductor.read_back import cache_to_read_back, packed_layers
 
 pytest.importorskip("matplotlib")
 FORMATS = ("k8v8", "k4v4", "k2v2")
@@ -68,6 +69,13 @@ def test_attention_sees_only_what_the_bytes_decode_to():
         assert torch.equal(found, expected)
     exact, _ = cache.update(k, v, 0)
     assert torch.equal(exact, k)
+
+
+def test_layers_that_a_cache_packs():
+    config = build("gemma3_text").config  # layers 1 and 3 attend to everything
+    assert packed_layers(config, ["bf16", "bf16", "k4v4", "k3v3"]) == {3: "k3v3"}
+    assert packed_layers(config, "auto") == {1: "k8v4", 3: "k8v4"}
+    assert packed_layers(config, "bf16") == {}
 
 
 def test_prices_of_packed_layers():

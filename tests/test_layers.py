@@ -76,7 +76,9 @@ MAY_IMPORT = {
     "bench_point": ["cache", "clock"],
     "bench": ["bench_point", "errors"],
     "plot": ["errors"],
-    "calibrate": ["cache", "cache_layers", "errors", "format", "generate_text"],
+    "read_back": ["cache", "cache_layers", "format"],
+    "calibrate": ["cache", "errors", "format", "generate_text", "read_back"],
+    "lm_eval_model": ["cache", "layer_formats", "read_back"],
     "plot_policy": ["plot"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
@@ -90,6 +92,7 @@ MAY_IMPORT_LATE = {
 ANYWHERE = {
     "transformers": [
         *("cache", "cache_layers", "calibrate", "cli", "demo", "clock", "generate_text", "bench_point"),
+        "read_back",
     ],
 }
 WHEN_LOADED = {"triton": ["kernels.*"]}

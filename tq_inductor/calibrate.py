@@ -22,41 +22,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .cache import TurboQuantCache
-from .cache_layers import AnnouncedLength, TurboQuantLayer
 from .errors import UsageError
 from .format import KVFormat
 from .generate_text import DEMO_MODEL, load_checkpoint
+from .read_back import cache_to_read_back, packed_layers
 
 FORMATS = ("k8v8", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
 WINDOW = 1024  # tokens that are read at once
 
 Prices = dict[int, dict[str, float]]  # layer -> format -> nats a token
 Sizes = dict[int, dict[str, int]]  # layer -> format -> bytes a token
-
-
-class ReadBackLayer(TurboQuantLayer):
-    """A packed layer whose attention reads everything from the packed bytes, its first chunk too."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, Hkv, q, D]` to an empty layer; what its bytes decode to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.append(key_states, value_states)
-        return self.read(key_states.shape[-2])
-
-
-def cache_to_read_back(config: PretrainedConfig, max_len: int, formats: dict[int, str]) -> Cache:
-    """A cache for one pass over `max_len` tokens: layers in `formats` are packed and read back."""
-    cache = TurboQuantCache(config, max_len, kv_format="bf16")
-    for i, name in formats.items():
-        cache.layers[i] = ReadBackLayer(max_len, name, AnnouncedLength())
-    return cache
 
 
 @torch.no_grad()
@@ -68,7 +47,7 @@ def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> Sizes:
         UsageError: no layer is packed.
     """
     cache = TurboQuantCache(model.config, 16, kv_format="k8v8")
-    packed = {i for i, x in enumerate(cache.layers) if getattr(x, "kv_format", None) == "k8v8"}
+    packed = packed_layers(model.config, "k8v8")
     if not packed:
         raise UsageError(
             f"a TurboQuantCache packs no layer of {model.config.model_type}: nothing to choose"

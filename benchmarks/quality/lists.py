@@ -42,20 +42,13 @@ FORMATS = (
 # Plain codes beside what the package does.
 LARGE_BIAS = (
     FORMATS[1],
-    *map(packed, ("k4v4", "k3v3", "k2v2")),
-    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    *map(packed, ("k4v4", "k3v3")),
+    *map(cached, ("k8v4", "k4v4", "k3v3")),
     *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
-    VLLM[0],
     VLLM[1],
     VLLM[3],
 )
-RECALL = (
-    FORMATS[0],
-    *map(cached, ("k4v4", "k3v3", "k2v2")),
-    cached("k2v2", recent=128),
-    VLLM[1],
-    VLLM[3],
-)
+RECALL = (*map(cached, ("k4v4", "k3v3", "k2v2")), cached("k2v2", recent=128), VLLM[1])
 
 
 def changed(base: str, label: str, **changes: object) -> Scheme:
@@ -65,6 +58,10 @@ def changed(base: str, label: str, **changes: object) -> Scheme:
 
 def _vectors(base: str) -> dict[str, object]:
     return {"k": f"vector{base[1]}", "v": f"vector{base[3]}"}
+
+
+def _scales(base: str) -> dict[str, object]:
+    return {"k": f"scales{base[1]}", "v": f"scales{base[3]}"}
 
 
 def alone(base: str) -> tuple[Scheme, ...]:
@@ -122,6 +119,8 @@ _PRE = {"k_shift": "pre", "k_balance": "pairs"}
 
 # After the figures of IDEAS: how small a window does, what it does alone, and what folds into weights.
 CHOSEN = (
+    changed("k4v4", "+ best of 3 scales", **_scales("k4v4")),
+    changed("k3v3", "+ best of 3 scales", **_scales("k3v3")),
     changed("k4v4", "+ pair balance from weights", k_balance="weights"),
     changed("k4v4", "+ pair balance", k_balance="pairs"),
     changed("k4v4", "+ key mean before RoPE, pair balance", **_PRE),
@@ -147,6 +146,7 @@ def on_synthetic_keys(base: str) -> tuple[Scheme, ...]:
     return (
         packed(base),
         changed(base, "+ unbiased key scale", k=f"unbiased{base[1]}"),
+        changed(base, "+ best of 3 scales", **_scales(base)),
         changed(base, "+ vector codes", **_vectors(base)),
         changed(base, "+ channel balance", k_balance="channels"),
         changed(base, "+ pair balance", k_balance="pairs"),

@@ -178,11 +178,11 @@ def load_model() -> PreTrainedModel:
     return model
 
 
-def texts() -> torch.Tensor:
-    """Held-out text `[modules * WINDOWS_PER_MODULE, WINDOW + 1]`: beginnings and later parts of modules."""
+def texts(per_module: int = WINDOWS_PER_MODULE) -> torch.Tensor:
+    """Held-out text `[modules * per_module, WINDOW + 1]`: beginnings and later parts of modules."""
     rows = []
     for text in held_out_text().values():
-        for start in range(0, WINDOWS_PER_MODULE * 2 * WINDOW, 2 * WINDOW):
+        for start in range(0, per_module * 2 * WINDOW, 2 * WINDOW):
             if start + WINDOW < len(text):
                 rows.append(list(text[start : start + WINDOW + 1]))
     return torch.tensor(rows)

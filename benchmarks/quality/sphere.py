@@ -21,6 +21,7 @@ EXACT = {
 SPHERE_CODES = (
     *("8", "4", "3", "2"),
     *("unbiased4", "unbiased3", "unbiased2"),
+    *("scales4", "scales3", "scales2"),
     *("vector4", "vector3", "vector2"),
     *("vllm4", "vllm3", "minmax4", "minmax3", "minmax2", "fp8", "bf16"),
 )
