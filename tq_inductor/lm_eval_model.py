@@ -4,8 +4,8 @@
         --model_args pretrained=NAME,kv_format=k4v4
 
 takes all that `lm_eval` does. Answers that a model writes come from a `TurboQuantCache`: the prompt is
-exact, as always, every later token reads packed bytes. Answers that are only scored are read in one pass, of
-which everything is read back from packed bytes: stricter than a prompt would be.
+exact, as always, every later token reads packed bytes. What is only scored is read in one pass, of which
+everything is read back from packed bytes: stricter than a prompt would be.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TurboQuantLM(HFLM):
         **kwargs: Any,
     ) -> None:
         self.kv_format = read_policy(Path(kv_format)) if kv_format.endswith(".json") else kv_format
-        self.exact_tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+        self.sink_tokens, self.recent_tokens = sink_tokens, recent_tokens
         super().__init__(*args, **kwargs)
         self.formats = packed_layers(self.config, self.kv_format)  # refuses here what cannot be stored
 
@@ -55,7 +55,13 @@ class TurboQuantLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        cache = TurboQuantCache(self.config, max_length, kv_format=self.kv_format, **self.exact_tokens)
+        cache = TurboQuantCache(
+            self.config,
+            max_length,
+            kv_format=self.kv_format,
+            sink_tokens=self.sink_tokens,
+            recent_tokens=self.recent_tokens,
+        )
         return super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
 
 
