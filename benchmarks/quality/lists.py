@@ -22,9 +22,9 @@ def cached(name: str, sinks: int = 0, recent: int = 0) -> Scheme:
 
 
 CACHES = (
-    *map(cached, ("k8v4", "k4v4", "k4v2", "k3v3", "k2v2")),
-    *(cached(name, sinks=4, recent=32) for name in ("k4v4", "k3v3")),
-    *(cached(name, recent=128) for name in ("k4v4", "k3v3", "k2v2")),
+    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    cached("k4v4", sinks=4, recent=32),
+    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
 )
 VLLM = (
     Scheme("vLLM k8v4", "fp8", "minmax4"),
@@ -35,7 +35,7 @@ VLLM = (
 FORMATS = (
     Scheme("bf16", "bf16", "bf16"),
     Scheme("fp8", "fp8", "fp8"),
-    *map(packed, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")),
+    *map(packed, ("k8v4", "k4v4", "k3v3", "k2v2")),
     *CACHES,
     *VLLM,
 )

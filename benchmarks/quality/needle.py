@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def recall(model: PreTrainedModel, schemes: Iterable[Scheme]) -> dict[str, dict[
     """Recall in per cent at each distance and over all, with the difference to exact and its interval."""
     hidden, rows = needles(), {}
     exact = found(model, hidden, None)
-    for scheme in (None, *schemes):
+    for scheme in chain([None], schemes):  # one by one: there is a progress bar around them
         outcome = found(model, hidden, Reader(scheme, model, [])) if scheme else exact
         change = 100 * torch.stack([outcome[d] - exact[d] for d in DISTANCES]).mean(0)
         rows[scheme.name if scheme else "exact"] = {
