@@ -1,11 +1,11 @@
 """What a packed cache loses, on unit vectors, synthetic keys and the demo model; and what would lose less.
 
-    python benchmarks/bench_quality.py [sphere] [synthetic] [formats] [ideas] [chosen]
-        [--out FOLDER] [--commit NAME]
+    python benchmarks/bench_quality.py [PART...] [--out FOLDER] [--commit NAME]
 
-Everything runs on a CPU and writes `quality_<part>.json`; without names all parts run. `formats` is the
-demo model with today's formats beside fp8 and vLLM's scheme, `ideas` the same with what could be added,
-`chosen` with what the ideas' figures suggest.
+Everything runs on a CPU and writes `quality_<part>.json`; without names all parts run. `sphere` is of unit
+vectors, `synthetic` of attention over synthetic keys. `formats` is the demo model with today's formats
+beside fp8 and vLLM's scheme, `large_bias` that model with keys like Qwen2.5's, `recall` how well it copies
+what it read long ago, `ideas` what could be added, `chosen` what the ideas' figures suggest.
 `python benchmarks/quality_table.py --write` puts the figures into `docs/quality.md`.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from evidence import RESULTS, environment, write_result
-from quality import lists, model, sphere, synthetic
+from quality import large_bias, lists, model, needle, sphere, synthetic
 from quality.codes import CODES
 from quality.schemes import FIRST_CHUNK
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PARTS = ("sphere", "synthetic", "formats", "ideas", "chosen")
+PARTS = ("sphere", "synthetic", "formats", "large_bias", "recall", "ideas", "chosen")
 
 
 def tracked(items: Iterable[Any], label: str) -> Iterable[Any]:
@@ -63,9 +63,12 @@ def run_synthetic() -> dict[str, Any]:
     }
 
 
-def run_model(schemes: Iterable[lists.Scheme], label: str) -> dict[str, Any]:
-    """Every scheme on the demo model."""
-    network, ids = model.load_model(), model.texts()
+def run_model(
+    schemes: Iterable[lists.Scheme], label: str = "demo model", large_biases: bool = False
+) -> dict[str, Any]:
+    """Every scheme on the demo model; with large biases of keys, on half as many texts."""
+    network = large_bias.load_large_bias_model() if large_biases else model.load_model()
+    ids = model.texts(1) if large_biases else model.texts()
     samples = model.calibrate(network)
     exact, reference = model.measure(network, ids, torch.empty(0), None)
     rows = {"exact": model.row(exact, exact)}
@@ -75,8 +78,17 @@ def run_model(schemes: Iterable[lists.Scheme], label: str) -> dict[str, Any]:
         size = scheme.bytes_per_token(network.config.head_dim, network.config.num_hidden_layers)
         rows[scheme.name] = {"bytes": round(size, 1), **model.row(outcome, exact)}
     return {
-        "what": f"demo model, {len(ids)} held-out texts of {model.WINDOW} bytes, all but the first "
+        "what": f"{label}, {len(ids)} held-out texts of {model.WINDOW} bytes, all but the first "
         f"{FIRST_CHUNK} read from the cache",
+        "schemes": rows,
+    }
+
+
+def run_recall() -> dict[str, Any]:
+    """How well the demo model copies needles, with every scheme."""
+    rows = needle.recall(model.load_model(), tracked(lists.RECALL, "recall"))
+    return {
+        "what": f"demo model, strings of {needle.STRING} bytes in texts of {model.WINDOW}",
         "schemes": rows,
     }
 
@@ -93,9 +105,11 @@ def main() -> None:
     runs = {
         "sphere": run_sphere,
         "synthetic": run_synthetic,
-        "formats": lambda: run_model(lists.FORMATS, "demo model, formats"),
-        "ideas": lambda: run_model(lists.IDEAS, "demo model, ideas"),
-        "chosen": lambda: run_model(lists.CHOSEN, "demo model, chosen"),
+        "formats": lambda: run_model(lists.FORMATS),
+        "large_bias": lambda: run_model(lists.LARGE_BIAS, "demo model with large biases of keys", True),
+        "recall": run_recall,
+        "ideas": lambda: run_model(lists.IDEAS),
+        "chosen": lambda: run_model(lists.CHOSEN),
     }
     for part in args.parts or PARTS:
         start = time.perf_counter()

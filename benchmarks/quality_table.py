@@ -21,6 +21,9 @@ CODES = {
     "unbiased4": "4 bits, unbiased scale",
     "unbiased3": "3 bits, unbiased scale",
     "unbiased2": "2 bits, unbiased scale",
+    "scales4": "4 bits, best of 3 scales",
+    "scales3": "3 bits, best of 3 scales",
+    "scales2": "2 bits, best of 3 scales",
     "vector4": "4 bits, pairs",
     "vector3": "3 bits, pairs",
     "vector2": "2 bits, groups of 4",
@@ -82,10 +85,26 @@ def model(part: str) -> str:
     return _table(["scheme", "bytes", "bits per byte, against exact", "KL", "same top byte"], cells)
 
 
+def recall() -> str:
+    """Needles that the demo model copies, by distance."""
+    rows = result("recall")["schemes"]
+    distances = list(next(iter(rows.values()))["percent"])
+    cells = []
+    for name, row in rows.items():
+        low, high = row["interval"]
+        shares = [f"{row['percent'][distance]:.0f}%" for distance in distances]
+        cells.append([name, *shares, f"{row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"])
+    return _table(
+        ["scheme", *(f"{distance} bytes" for distance in distances), "points, against exact"], cells
+    )
+
+
 TABLES = {
     "sphere": sphere,
     "synthetic": synthetic,
     "formats": lambda: model("formats"),
+    "large_bias": lambda: model("large_bias"),
+    "recall": recall,
     "ideas": lambda: model("ideas"),
     "chosen": lambda: model("chosen"),
 }

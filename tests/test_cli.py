@@ -32,6 +32,7 @@ def test_unknown_format(capsys):
         (["demo"], "demo", "rich"),
         (["generate", "--prompt", "x"], "generate_text", "transformers"),
         (["bench"], "bench", "rich"),
+        (["calibrate", __file__], "calibrate", "rich"),
         (["plot", __file__], "plot", "matplotlib"),
     ],
 )

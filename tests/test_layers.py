@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "attention_ops": ["attention.*", "foreign_kv"],
     "ops": ["attention_ops", "packed_ops"],
     "storage": ["beside", "errors", "format", "ops", "rotation"],
-    "cache": ["cache_layers", "errors", "format", "storage"],
+    "layer_formats": ["errors", "format"],
+    "cache": ["cache_layers", "errors", "format", "layer_formats", "storage"],
     "cache_layers": ["format", "storage"],
     "attention": [],
     "attention.call": [],
@@ -80,6 +81,10 @@ MAY_IMPORT = {
     "bench_point": ["cache", "clock"],
     "bench": ["bench_point", "errors"],
     "plot": ["errors"],
+    "read_back": ["cache", "cache_layers", "format"],
+    "calibrate": ["cache", "errors", "format", "generate_text", "read_back"],
+    "lm_eval_model": ["cache", "layer_formats", "read_back"],
+    "plot_policy": ["plot"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
 MAY_IMPORT_LATE = {
@@ -90,7 +95,10 @@ MAY_IMPORT_LATE = {
 # Who may import these distributions at all, and who when loaded (others: inside a function). The
 # compiler works without Hugging Face, and registering the ops needs no Triton.
 ANYWHERE = {
-    "transformers": ["cache", "cache_layers", "cli", "demo", "clock", "generate_text", "bench_point"],
+    "transformers": [
+        *("cache", "cache_layers", "calibrate", "cli", "demo", "clock", "generate_text", "bench_point"),
+        "read_back",
+    ],
 }
 WHEN_LOADED = {"triton": ["kernels.*"]}
 

@@ -7,7 +7,7 @@ layers are transformers' own. This file and `cache_layers` are the only ones tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PretrainedConfig
@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 from .cache_layers import AnnouncedLength, SlidingLayer, TurboQuantLayer, UncompiledLayer
 from .errors import UnsupportedModelError
 from .format import KVFormat
+from .layer_formats import layer_formats
 from .storage import check_room
 
 log = logging.getLogger("tq_inductor.cache")
@@ -39,14 +40,14 @@ def _head_dim(layer: PretrainedConfig) -> int | None:
     return layer.hidden_size // heads if heads else None
 
 
-def _check_exact_tokens(kv_format: str, **given: int) -> None:
-    lossless = KVFormat(kv_format).is_lossless
+def _check_exact_tokens(formats: list[str], **given: int) -> None:
+    lossless = all(KVFormat(name).is_lossless for name in formats)
     for name, count in given.items():
         if count < 0:
             raise ValueError(f"{name}={count} must not be negative")
         if count and lossless:
             raise ValueError(
-                f"{name}={count}: a {kv_format} cache keeps all tokens as they are. Leave it out."
+                f"{name}={count}: a {formats[0]} cache keeps all tokens as they are. Leave it out."
             )
 
 
@@ -56,7 +57,9 @@ class TurboQuantCache(Cache):
     Args:
         config: the model's config (for a multimodal model that of the whole; its decoder is used).
         max_cache_len: tokens that fit, rounded up to a multiple of 16.
-        kv_format: see `KVFormat`; `"bf16"` and `"fp16"` keep values as they are.
+        kv_format: see `KVFormat`; `"bf16"` and `"fp16"` keep values as they are. A name for all layers, or
+            a list with one for each (`tq-inductor calibrate` finds one), or `"auto"`: k4v4 where that is
+            known to lose little, else k8v4; `layer_formats.safe_format` says when, the log why.
         skip_layers: indices of layers to keep in 16 bits (negative ones count from the end).
         sink_tokens, recent_tokens: how many of the first and of the last tokens packed layers keep as they
             came besides. None unless given, since a step's attention then takes 2 to 34% longer; 4 and 32
@@ -68,7 +71,7 @@ class TurboQuantCache(Cache):
     Raises:
         FormatError: a format or head dimension that cannot be stored.
         UnsupportedModelError: a config that is no decoder's.
-        ValueError: bad lengths, layer indices or numbers of tokens.
+        ValueError: bad lengths, layer indices or numbers of tokens or formats.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class TurboQuantCache(Cache):
         config: PretrainedConfig,
         max_cache_len: int,
         *,
-        kv_format: str = "k4v4",
+        kv_format: str | Sequence[str] = "k4v4",
         skip_layers: Iterable[int] = (),
         sink_tokens: int = 0,
         recent_tokens: int = 0,
@@ -91,12 +94,11 @@ class TurboQuantCache(Cache):
             raise UnsupportedModelError(
                 f"{type(config).__name__} has no num_hidden_layers: pass the config of a decoder model"
             )
-        head_dims = [_head_dim(layer) for layer in decoder.per_layer_config]
-        for head_dim in set(head_dims):
-            kv_format = KVFormat(kv_format, head_dim or 128).name  # refuses here what cannot be stored
-        _check_exact_tokens(kv_format, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-        exact_tokens = (sink_tokens, recent_tokens)
         layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        head_dims = [_head_dim(layer) for layer in decoder.per_layer_config][: len(layers)]
+        formats = layer_formats(kv_format, decoder, head_dims)
+        _check_exact_tokens(formats, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        exact_tokens = (sink_tokens, recent_tokens)
         skipped = self._skipped(skip_layers, len(layers))
         sixteen_bit = SIXTEEN_BIT.get(dtype or getattr(decoder, "dtype", None) or torch.bfloat16, "bf16")
         # Multi-head latent attention caches latents, from which keys are made only after the cache.
@@ -106,19 +108,16 @@ class TurboQuantCache(Cache):
         make_layer = UncompiledLayer if biased else TurboQuantLayer
         for i, layer in enumerate(layers):
             if type(layer) is StaticLayer:
-                kept = latent or i in skipped
-                layers[i] = (
-                    make_layer(max_cache_len, sixteen_bit, announced)
-                    if kept
-                    else make_layer(max_cache_len, kv_format, announced, *exact_tokens)
-                )
+                name = sixteen_bit if latent or i in skipped else formats[i]
+                beside = () if KVFormat(name).is_lossless else exact_tokens
+                layers[i] = make_layer(max_cache_len, name, announced, *beside)
             elif type(layer) is StaticSlidingWindowLayer:
                 layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len)
         super().__init__(layers=layers)
         self._packed = [layer for layer in layers if isinstance(layer, TurboQuantLayer)]
         if latent:
             reason = "multi-head latent attention caches latents"
-            log.warning("all layers are kept in %s, not %s: %s", sixteen_bit, kv_format, reason)
+            log.warning("all layers are kept in %s, not packed: %s", sixteen_bit, reason)
         elif len(self._packed) < len(layers):
             kinds = {type(layer).__name__ for layer in layers if layer not in self._packed}
             counts = (len(self._packed), len(layers))

@@ -15,6 +15,7 @@ from .attention.packages import version_of
 from .attention.select import attention_backends
 from .errors import FormatError, UnsupportedModelError, UsageError
 from .format import KVFormat
+from .layer_formats import read_policy
 
 EXTRAS = ("rich", "matplotlib", "transformers", "tokenizers", "safetensors")
 BENCH_MODELS = ("llama", "qwen3", "gemma3")
@@ -62,6 +63,16 @@ def kv_format_name(name: str) -> str:
         return KVFormat(name, 64).name
     except FormatError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def kv_format_or_policy(text: str) -> str | list[str]:
+    """Argument type: a KV format, "auto", or the formats of a policy file."""
+    try:
+        if text.endswith(".json"):
+            return read_policy(existing_file(text))
+    except FormatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text if text == "auto" else kv_format_name(text)
 
 
 def bench_cache(name: str) -> str:
@@ -114,6 +125,23 @@ def run_generate(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def run_calibrate(args: argparse.Namespace) -> None:
+    """`tq-inductor calibrate`."""
+    from .calibrate import FORMATS, calibrate
+
+    if args.plot:
+        from .plot_policy import draw_policy  # refuses now, and not after the measurement
+    policy = calibrate(
+        args.text.read_text(), args.model, budget=args.budget, formats=args.formats or FORMATS,
+        tokens=args.tokens, device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    args.out.write_text(json.dumps(policy, indent=1) + "\n")
+    print(f"wrote {args.out}")
+    if args.plot:
+        draw_policy(policy, args.plot)
+        print(f"wrote {args.plot}")
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """`tq-inductor bench`."""
     from .bench import grid, run_bench
@@ -157,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", type=existing_file, metavar="FILE")
     add("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
     add("--cache", choices=("turboquant", "static", "dynamic"), default="turboquant")
-    add("--kv-format", type=kv_format_name, help="of a turboquant cache; default: k4v4")
+    kinds = "a format, auto, or a file that `calibrate` wrote"
+    add("--kv-format", type=kv_format_or_policy, help=f"of a turboquant cache: {kinds}; default: k4v4")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     add("--device", help="default: cuda if there is one")
     add("--dtype", default="auto", help="such as bfloat16; default: the checkpoint's")
@@ -167,6 +196,20 @@ def _parser() -> argparse.ArgumentParser:
     for name, (kind, says) in SAMPLING.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=says)
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+    calibrate = command("calibrate", run_calibrate, "choose a format for each layer, on your own text")
+    add = calibrate.add_argument
+    add("text", type=existing_file, help="of the kind that the model will read")
+    add("model", nargs="?", help="folder or name of a checkpoint; default: the small one that ships here")
+    add("--out", type=Path, default=Path("policy.json"), metavar="FILE", help="default: policy.json")
+    add("--plot", type=Path, metavar="FILE", help="draw the prices of layers and formats, .svg or .png")
+    add("--budget", type=kv_format_name, default="k4v4", help="take no more bytes than it; default: k4v4")
+    add(
+        "--formats", type=kv_format_name, nargs="+", metavar="FORMAT", help="to choose from; default: eight"
+    )
+    add("--tokens", type=positive, default=2048, metavar="N", help="of the text to read; default: 2048")
+    add("--device", help="default: cuda if there is one")
+    add("--dtype", default="auto", help="such as bfloat16; default: the checkpoint's")
 
     bench = command("bench", run_bench, "speed, memory and compile time of caches, ours and transformers'")
     add = bench.add_argument

@@ -6,6 +6,7 @@ The text goes to standard output as it comes, the figures to standard error.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .errors import UsageError
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 
-def make_cache(kind: str, model: PreTrainedModel, max_len: int, kv_format: str) -> Cache:
+def make_cache(kind: str, model: PreTrainedModel, max_len: int, kv_format: str | Sequence[str]) -> Cache:
     """A cache for `max_len` tokens; `kind` is "turboquant", "static" or "dynamic" (which just grows)."""
     config = model.config
     if kind == "turboquant":
@@ -45,7 +46,7 @@ def generate_text(
     model: str | Path | None = None,
     *,
     cache: str = "turboquant",
-    kv_format: str = "k4v4",
+    kv_format: str | Sequence[str] = "k4v4",
     compiled: bool | None = None,
     device: str | None = None,
     dtype: str = "auto",
@@ -58,7 +59,7 @@ def generate_text(
         prompt: any text but an empty one.
         model: folder or name of a checkpoint; None for the model that ships with this package.
         cache: see `make_cache`.
-        kv_format: of a "turboquant" cache.
+        kv_format: of a "turboquant" cache; see `TurboQuantCache`.
         compiled: with this package's backend, and CUDA graphs on a GPU; default: on a GPU only.
         device, dtype: as torch names them; default: CUDA if there is one, and the checkpoint's dtype.
         seed: of the sampling.
@@ -74,7 +75,7 @@ def generate_text(
     transformers_logging.disable_progress_bar()
     if not prompt:
         raise UsageError("the prompt is empty: give at least a character")
-    tokenizer, network = _load(model or DEMO_MODEL, dtype)
+    tokenizer, network = load_checkpoint(model or DEMO_MODEL, dtype)
     network = network.to(device).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     prompt_tokens = inputs["input_ids"].shape[1]
@@ -94,14 +95,19 @@ def generate_text(
         "new_tokens": len(clock.times) - 1,
         "first_token_s": clock.first_token_s,
         "median_step_s": clock.median_step_s,
-        "cache": f"{cache}, {kv_format}" if cache == "turboquant" else cache,
+        "cache": f"{cache}, {_named(kv_format)}" if cache == "turboquant" else cache,
         "cache_bytes": cache_bytes(kept),
     }
     print(_summary(figures, compiled), file=sys.stderr)
     return figures
 
 
-def _load(name: str | Path, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _named(kv_format: str | Sequence[str]) -> str:
+    return kv_format if isinstance(kv_format, str) else "/".join(kv_format)
+
+
+def load_checkpoint(name: str | Path, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model of a folder or name; UsageError if there are none."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return AutoTokenizer.from_pretrained(name), model

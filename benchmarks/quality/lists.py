@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from .schemes import Scheme
 
-SINK_TOKENS, RECENT_TOKENS = 4, 32  # of caches that are not said to have others
 EXACT = Scheme("exact", "exact", "exact")
 
 
@@ -15,24 +14,41 @@ def packed(name: str) -> Scheme:
     return Scheme(name, name[1], name[3])
 
 
-def cached(name: str, sinks: int = SINK_TOKENS, recent: int = RECENT_TOKENS) -> Scheme:
+def cached(name: str, sinks: int = 0, recent: int = 0) -> Scheme:
     """A `TurboQuantCache` of a format as it is, read token by token."""
-    given = "" if recent == RECENT_TOKENS else f", recent_tokens={recent}"
-    options = {"sinks": sinks, "recent": recent, "cache": name}
-    return Scheme(f"TurboQuantCache {name}{given}", name[1], name[3], **options)
+    given = {"sink_tokens": sinks, "recent_tokens": recent}
+    label = ", ".join([f"TurboQuantCache {name}", *(f"{key}={n}" for key, n in given.items() if n)])
+    return Scheme(label, name[1], name[3], sinks=sinks, recent=recent, cache=name)
 
 
-CACHES = (*map(cached, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")), cached("k2v2", recent=128))
-FORMATS = (
-    Scheme("bf16", "bf16", "bf16"),
-    Scheme("fp8", "fp8", "fp8"),
-    *map(packed, ("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2")),
-    *CACHES,
+CACHES = (
+    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    cached("k4v4", sinks=4, recent=32),
+    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
+)
+VLLM = (
     Scheme("vLLM k8v4", "fp8", "minmax4"),
     Scheme("vLLM 4bit_nc", "vllm4", "minmax4"),
     Scheme("vLLM k3v4_nc", "vllm3", "minmax4"),
     Scheme("vLLM 3bit_nc", "vllm3", "minmax3"),
 )
+FORMATS = (
+    Scheme("bf16", "bf16", "bf16"),
+    Scheme("fp8", "fp8", "fp8"),
+    *map(packed, ("k8v4", "k4v4", "k3v3", "k2v2")),
+    *CACHES,
+    *VLLM,
+)
+# Plain codes beside what the package does.
+LARGE_BIAS = (
+    FORMATS[1],
+    *map(packed, ("k4v4", "k3v3")),
+    *map(cached, ("k8v4", "k4v4", "k3v3")),
+    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
+    VLLM[1],
+    VLLM[3],
+)
+RECALL = (*map(cached, ("k4v4", "k3v3", "k2v2")), cached("k2v2", recent=128), VLLM[1])
 
 
 def changed(base: str, label: str, **changes: object) -> Scheme:
@@ -42,6 +58,10 @@ def changed(base: str, label: str, **changes: object) -> Scheme:
 
 def _vectors(base: str) -> dict[str, object]:
     return {"k": f"vector{base[1]}", "v": f"vector{base[3]}"}
+
+
+def _scales(base: str) -> dict[str, object]:
+    return {"k": f"scales{base[1]}", "v": f"scales{base[3]}"}
 
 
 def alone(base: str) -> tuple[Scheme, ...]:
@@ -99,6 +119,8 @@ _PRE = {"k_shift": "pre", "k_balance": "pairs"}
 
 # After the figures of IDEAS: how small a window does, what it does alone, and what folds into weights.
 CHOSEN = (
+    changed("k4v4", "+ best of 3 scales", **_scales("k4v4")),
+    changed("k3v3", "+ best of 3 scales", **_scales("k3v3")),
     changed("k4v4", "+ pair balance from weights", k_balance="weights"),
     changed("k4v4", "+ pair balance", k_balance="pairs"),
     changed("k4v4", "+ key mean before RoPE, pair balance", **_PRE),
@@ -124,6 +146,7 @@ def on_synthetic_keys(base: str) -> tuple[Scheme, ...]:
     return (
         packed(base),
         changed(base, "+ unbiased key scale", k=f"unbiased{base[1]}"),
+        changed(base, "+ best of 3 scales", **_scales(base)),
         changed(base, "+ vector codes", **_vectors(base)),
         changed(base, "+ channel balance", k_balance="channels"),
         changed(base, "+ pair balance", k_balance="pairs"),

@@ -2,7 +2,8 @@
 
 One forward pass per batch, but every query attends to what a cache read token by token would give it:
 a key's code depends on nothing after it, so all codes can be made at once. Only the first chunk sees
-raw keys and values, as prefill does. A test holds this against a `TurboQuantCache` read in chunks.
+raw keys and values, as prefill does; after it a query reads every key from the cache, its own too, as
+decoding does. A test holds this against a `TurboQuantCache` read token by token and 16 at a time.
 """
 
 from __future__ import annotations
@@ -177,11 +178,11 @@ def load_model() -> PreTrainedModel:
     return model
 
 
-def texts() -> torch.Tensor:
-    """Held-out text `[modules * WINDOWS_PER_MODULE, WINDOW + 1]`: beginnings and later parts of modules."""
+def texts(per_module: int = WINDOWS_PER_MODULE) -> torch.Tensor:
+    """Held-out text `[modules * per_module, WINDOW + 1]`: beginnings and later parts of modules."""
     rows = []
     for text in held_out_text().values():
-        for start in range(0, WINDOWS_PER_MODULE * 2 * WINDOW, 2 * WINDOW):
+        for start in range(0, per_module * 2 * WINDOW, 2 * WINDOW):
             if start + WINDOW < len(text):
                 rows.append(list(text[start : start + WINDOW + 1]))
     return torch.tensor(rows)

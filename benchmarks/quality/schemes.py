@@ -79,12 +79,15 @@ def through_cache(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the package's cache of format `name` gives back of k and v `[B, H, L, D]` from its packed bytes.
 
-    It takes `chunk` tokens first, from which it takes its mean.
+    It takes `chunk` tokens first, from which it takes its mean. Everything is read from the packed bytes:
+    what `update` returns may hold a chunk's own tokens as they came.
     """
     batch, heads, length, dim = k.shape
     cache = PackedKVCache(batch, heads, dim, length, kv_format=name, dtype=torch.float32, device="cpu")
-    read = cache.update(k[:, :, :chunk], v[:, :, :chunk])
-    return cache.update(k[:, :, chunk:], v[:, :, chunk:]) if chunk < length else read
+    for part in (slice(chunk), slice(chunk, None)):
+        if k[:, :, part].shape[2]:
+            cache.append(k[:, :, part], v[:, :, part])
+    return cache.read(length)
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .codes import CODES
 
-VECTORS = 20_000
+VECTORS = 60_000
 DIMENSIONS = (64, 128, 256)
 # Mean squared error of TurboQuant's exact codes with the norm as scale (quality-and-peers, section 1).
 # The package's least-squares scale should be a little below, its fp8 grid costs up to 0.8% at 4 bits.
@@ -21,6 +21,7 @@ EXACT = {
 SPHERE_CODES = (
     *("8", "4", "3", "2"),
     *("unbiased4", "unbiased3", "unbiased2"),
+    *("scales4", "scales3", "scales2"),
     *("vector4", "vector3", "vector2"),
     *("vllm4", "vllm3", "minmax4", "minmax3", "minmax2", "fp8", "bf16"),
 )

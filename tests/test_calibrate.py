@@ -1,0 +1,160 @@
+"""`tq-inductor calibrate`: the prices it measures, the choice it makes of them, and what it refuses."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from test_cache import build
+from transformers import AutoTokenizer
+
+from tq_inductor import KVFormat, PackedKVCache, cli
+from tq_inductor.calibrate import bytes_per_token, cheapest, measure
+from tq_inductor.errors import FormatError, UsageError
+from tq_inductor.generate_text import DEMO_MODEL
+from tq_inductor.layer_formats import read_policy
+from tq_inductor.read_back import cache_to_read_back, packed_layers
+
+pytest.importorskip("matplotlib")
+FORMATS = ("k8v8", "k4v4", "k2v2")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny llama that reads bytes, with one layer of three whose attention counts much more."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = build("llama", torch.float32, num_hidden_layers=3, vocab_size=256, pad_token_id=None)
+    for layer, factor in zip(model.model.layers, (0.1, 20, 0.1), strict=True):
+        layer.self_attn.v_proj.weight.data.mul_(factor)
+    model.generation_config.bos_token_id = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(bytes(random.Random(0).choices(range(32, 127), k=300)))
+    return path
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cheapest_formats_are_those_of_an_exhaustive_search(seed):
+    drawn = random.Random(seed)
+    sizes = {i: {"a": 12, "b": drawn.choice([20, 24]), "c": 36} for i in (0, 3, 4, 7)}
+    prices = {i: {name: drawn.random() for name in of} for i, of in sizes.items()}
+    for budget in (48, 60, 85, 110, 144, 1000):
+        chosen = cheapest(prices, sizes, budget)
+        fits = [
+            sum(prices[i][name] for i, name in zip(sizes, names, strict=True))
+            for names in itertools.product("abc", repeat=4)
+            if sum(sizes[i][name] for i, name in zip(sizes, names, strict=True)) <= budget
+        ]
+        assert list(chosen) == list(sizes)
+        assert sum(sizes[i][name] for i, name in chosen.items()) <= budget
+        assert sum(prices[i][name] for i, name in chosen.items()) == pytest.approx(min(fits))
+    with pytest.raises(UsageError, match="47 bytes a token are fewer than the smallest formats take, 48"):
+        cheapest(prices, sizes, 47)
+
+
+def test_attention_sees_only_what_the_bytes_decode_to():
+    k, v = torch.randn(2, 1, 2, 40, 16)
+    cache = cache_to_read_back(build("llama").config, 40, {1: "k4v3"})
+    keys, values = cache.update(k, v, 1)
+    packed = PackedKVCache(1, 2, 16, 40, kv_format="k4v3", dtype=torch.float32, device="cpu")
+    packed.append(k, v)
+    for found, expected in zip((keys, values), packed.read(40), strict=True):
+        assert torch.equal(found, expected)
+    exact, _ = cache.update(k, v, 0)
+    assert torch.equal(exact, k)
+
+
+def test_layers_that_a_cache_packs():
+    config = build("gemma3_text").config  # layers 1 and 3 attend to everything
+    assert packed_layers(config, ["bf16", "bf16", "k4v4", "k3v3"]) == {3: "k3v3"}
+    assert packed_layers(config, "auto") == {1: "k8v4", 3: "k8v4"}
+    assert packed_layers(config, "bf16") == {}
+
+
+def test_prices_of_packed_layers():
+    model = build("llama", torch.float32)
+    ids = torch.randint(2, 99, (1, 200))
+    calls = []
+    nothing, fine, coarse = measure(model, ids, [{}, {0: "k8v8"}, {0: "k2v2"}], lambda: calls.append(1))
+    assert nothing == 0
+    assert 0 < fine < coarse / 10
+    assert len(calls) == 3
+
+
+def test_bytes_are_those_of_the_cache():
+    model = build("gemma3_text", torch.float32)  # layers 1 and 3 are packed
+    sizes = bytes_per_token(model, FORMATS)
+    assert sizes == {i: {name: 2 * KVFormat(name, 16).slot_bytes for name in FORMATS} for i in (1, 3)}
+    sliding = build("gemma3_text", torch.float32, layer_types=["sliding_attention"] * 4)
+    with pytest.raises(UsageError, match="packs no layer of gemma3_text"):
+        bytes_per_token(sliding, FORMATS)
+    with pytest.raises(FormatError, match="head_dim=12 cannot be stored"):
+        bytes_per_token(build("llama", torch.float32, head_dim=12), FORMATS)
+
+
+def test_the_policy_of_a_model(checkpoint, text, tmp_path, capsys):
+    out, plot = tmp_path / "policy.json", tmp_path / "policy.svg"
+    argv = [
+        "calibrate",
+        str(text),
+        str(checkpoint),
+        "--out",
+        str(out),
+        "--plot",
+        str(plot),
+        "--device",
+        "cpu",
+    ]
+    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "256"]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"wrote {out}\nwrote {plot}\n"
+    assert "together" in told.err
+    policy = json.loads(out.read_text())
+    assert policy["tokens"] == 256
+    assert policy["bytes_per_token"] <= policy["budget"]["bytes_per_token"] == 3 * 2 * 20
+    assert policy["kl_nats"] <= policy["budget"]["kl_nats"]
+    assert len(policy["kv_format"]) == 3
+    assert set(policy["kl_nats_of_one_layer"]["1"]) == set(FORMATS)
+    drawn = plot.read_text()
+    assert "chosen" in drawn
+    assert "k2v2" in drawn
+    again = ["generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "3", "--device", "cpu"]
+    assert cli.main([*again, "--kv-format", str(out)]) == 0
+    assert "/".join(policy["kv_format"]) in capsys.readouterr().err
+    assert cli.main([*again, "--kv-format", "auto"]) == 0
+
+
+def test_a_layer_that_counts_more_gets_more_bits(checkpoint, text, tmp_path):
+    out = tmp_path / "policy.json"
+    argv = ["calibrate", str(text), str(checkpoint), "--out", str(out), "--device", "cpu"]
+    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "256"]) == 0
+    policy = json.loads(out.read_text())
+    assert policy["kv_format"] == ["k2v2", "k8v8", "k2v2"]  # as many bytes as k4v4 everywhere
+    assert policy["kl_nats"] < policy["budget"]["kl_nats"] / 2
+
+
+def test_refusals(checkpoint, text, tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert cli.main(["calibrate", str(empty), str(checkpoint), "--device", "cpu"]) == 1
+    assert "the text has 0 tokens: give one like those" in capsys.readouterr().err
+    assert cli.main(["calibrate", str(text), str(tmp_path / "none")]) == 1
+    assert "cannot load a model and its tokenizer" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(text), "--formats", "k5v5"])
+    assert "unknown kv_format 'k5v5'" in capsys.readouterr().err
+    for content in ("[]", "{", '{"kv_format": ["k5v5"]}', '{"kv_format": 3}'):
+        policy = tmp_path / "policy.json"
+        policy.write_text(content)
+        with pytest.raises(FormatError, match=r"policy\.json is no policy: write one with tq-inductor"):
+            read_policy(policy)
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--prompt", "x", "--kv-format", str(policy)])
+    assert "is no policy" in capsys.readouterr().err

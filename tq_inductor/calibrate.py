@@ -1,0 +1,213 @@
+"""`tq-inductor calibrate`: a format for each layer of a model, by what packing it costs on your own text.
+
+Each layer in turn is packed in each format, all others exact, and the model reads the text. How far its
+predictions move, as Kullback-Leibler divergence, is the price of that format in that layer. Small prices
+add up, so the formats with the least sum at a given number of bytes are found exactly. What they cost
+together is measured at the end, beside one format for all layers at as many bytes, which stays if it is
+better.
+
+A text is read in one pass for each measurement, but every key and value that attention sees has been
+packed: a cache read in chunks would show the same error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .cache import TurboQuantCache
+from .errors import UsageError
+from .format import KVFormat
+from .generate_text import DEMO_MODEL, load_checkpoint
+from .read_back import cache_to_read_back, packed_layers
+
+FORMATS = ("k8v8", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
+WINDOW = 1024  # tokens that are read at once
+
+Prices = dict[int, dict[str, float]]  # layer -> format -> nats a token
+Sizes = dict[int, dict[str, int]]  # layer -> format -> bytes a token
+
+
+@torch.no_grad()
+def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> Sizes:
+    """Bytes of a token in each format, for each layer that a `TurboQuantCache` packs.
+
+    Raises:
+        FormatError: a format that the model's keys cannot have.
+        UsageError: no layer is packed.
+    """
+    cache = TurboQuantCache(model.config, 16, kv_format="k8v8")
+    packed = packed_layers(model.config, "k8v8")
+    if not packed:
+        raise UsageError(
+            f"a TurboQuantCache packs no layer of {model.config.model_type}: nothing to choose"
+        )
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+    return {
+        i: {
+            name: KVFormat(name, layer.format.head_dim, layer.format.v_head_dim).slot_bytes
+            * layer.packed.shape[1]
+            for name in formats
+        }
+        for i, layer in enumerate(cache.layers)
+        if i in packed
+    }
+
+
+def divergence(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL of predictions from exact ones in nats a token, of logits `[1, n, vocabulary]`."""
+    total = 0.0
+    for p, q in zip(exact[0].split(128), found[0].split(128), strict=True):  # bounds the memory
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+    return total / exact.shape[1]
+
+
+def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
+    """The format of each layer for which the prices add up to least and the sizes to `budget` at most.
+
+    Exact, by dynamic programming over bytes.
+
+    Args:
+        prices: of each format in each layer, in nats.
+        sizes: of the same, in bytes.
+
+    Raises:
+        UsageError: not even the smallest formats fit.
+    """
+    unit = math.gcd(budget, *(size for of_layer in sizes.values() for size in of_layer.values()))
+    best: dict[int, tuple[float, tuple[str, ...]]] = {0: (0.0, ())}  # by bytes of the layers so far
+    for layer, of_layer in prices.items():
+        longer: dict[int, tuple[float, tuple[str, ...]]] = {}
+        for taken, (price, names) in best.items():
+            for name, added in of_layer.items():
+                total = taken + sizes[layer][name] // unit
+                if total <= budget // unit and price + added < longer.get(total, (math.inf,))[0]:
+                    longer[total] = (price + added, (*names, name))
+        best = longer
+    if not best:
+        smallest = sum(min(of_layer.values()) for of_layer in sizes.values())
+        raise UsageError(f"{budget} bytes a token are fewer than the smallest formats take, {smallest}")
+    return dict(zip(prices, min(best.values())[1], strict=True))
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    choices: Sequence[dict[int, str]],
+    measured: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """How far predictions move with each choice of formats: mean KL in nats a token.
+
+    Args:
+        ids: `[1, n]`, read in windows of `WINDOW` tokens, each from an empty cache.
+        choices: the formats of the layers that are packed; the others are exact.
+        measured: called after each choice of each window.
+    """
+    totals, tokens = [0.0] * len(choices), 0
+    for window in ids.split(WINDOW, 1):
+        exact = _logits(model, window, {})
+        tokens += window.shape[1]
+        for i, formats in enumerate(choices):
+            totals[i] += divergence(exact, _logits(model, window, formats)) * window.shape[1]
+            measured()
+    return [total / tokens for total in totals]
+
+
+def _logits(model: PreTrainedModel, window: torch.Tensor, formats: dict[int, str]) -> torch.Tensor:
+    cache = cache_to_read_back(model.config, window.shape[1], formats)
+    return model(window, past_key_values=cache).logits
+
+
+def calibrate(
+    text: str,
+    model: str | Path | None = None,
+    *,
+    budget: str = "k4v4",
+    formats: Sequence[str] = FORMATS,
+    tokens: int = 2048,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Measure every format in every layer on `text`, choose, and print what it costs; returns the policy.
+
+    Its `kv_format`, a name for each layer, is what `TurboQuantCache` takes. Nats are means over tokens.
+
+    Args:
+        text: of the kind that the model will read; its first `tokens` tokens are used.
+        model: folder or name of a checkpoint; None for the model that ships with this package.
+        budget: a format; the layers together take no more bytes than if all had it.
+        formats: to choose from; the budget's is always one.
+        device, dtype: as torch names them; default: CUDA if there is one, and the checkpoint's dtype.
+
+    Raises:
+        UsageError: no such model, fewer than two tokens, or nothing to choose.
+        FormatError: a format that the model's keys cannot have.
+    """
+    transformers_logging.disable_progress_bar()
+    tokenizer, network = load_checkpoint(model or DEMO_MODEL, dtype)
+    network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
+    if ids.shape[1] < 2:
+        raise UsageError(
+            f"the text has {ids.shape[1]} tokens: give one like those that the model will read"
+        )
+    names = tuple(dict.fromkeys((*formats, budget)))
+    sizes = bytes_per_token(network, names)
+    alone = [(i, name) for i in sizes for name in names]
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        windows = len(ids.split(WINDOW, 1))
+        task = progress.add_task("layers and formats", total=windows * (len(alone) + 2))
+        measured = partial(progress.advance, task)
+        found = measure(network, ids, [{i: name} for i, name in alone], measured)
+        prices: Prices = {i: {} for i in sizes}
+        for (i, name), nats in zip(alone, found, strict=True):
+            prices[i][name] = nats
+        everywhere = dict.fromkeys(sizes, budget)
+        chosen = cheapest(prices, sizes, sum(of_layer[budget] for of_layer in sizes.values()))
+        nats_everywhere, nats = measure(network, ids, [everywhere, chosen], measured)
+    if nats_everywhere <= nats:
+        chosen, nats = everywhere, nats_everywhere
+    count = len(TurboQuantCache(network.config, 16).layers)
+    policy = {
+        "kv_format": [chosen.get(i, "bf16") for i in range(count)],
+        "bytes_per_token": sum(sizes[i][name] for i, name in chosen.items()),
+        "kl_nats": nats,
+        "budget": {
+            "kv_format": budget,
+            "bytes_per_token": sum(of_layer[budget] for of_layer in sizes.values()),
+            "kl_nats": nats_everywhere,
+        },
+        "model": str(model or DEMO_MODEL.name),
+        "tokens": ids.shape[1],
+        "kl_nats_of_one_layer": {str(i): of_layer for i, of_layer in prices.items()},
+    }
+    console.print(describe(policy), highlight=False)
+    return policy
+
+
+def describe(policy: dict[str, Any]) -> Table:
+    """The choice of each layer, its price alone, and what all cost together, as a table."""
+    budget = policy["budget"]
+    table = Table("layer", "format", "KL of it alone, nats a token")
+    for i, of_layer in policy["kl_nats_of_one_layer"].items():
+        name = policy["kv_format"][int(i)]
+        table.add_row(i, name, f"{of_layer[name]:.2g}")
+    table.caption = (
+        f"together {policy['kl_nats']:.2g} nats at {policy['bytes_per_token']:,} bytes a token; "
+        f"{budget['kv_format']} everywhere {budget['kl_nats']:.2g} at {budget['bytes_per_token']:,}"
+    )
+    return table

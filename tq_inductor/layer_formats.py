@@ -1,0 +1,83 @@
+"""Which format each layer of a cache gets: one for all, one for each (see `calibrate`), or "auto".
+
+"auto" is for a model that nobody has measured. It knows the config only, and gives up bytes where four bits
+may cost much (docs/quality.md): keys whose channels have large means, which come with a bias of k_proj, and
+short heads, where a vector has few coordinates to spread its energy over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import FormatError
+from .format import KVFormat
+
+log = logging.getLogger("tq_inductor.cache")
+
+SAFE, SMALL = "k8v4", "k4v4"
+LEAST_HEAD_DIM = 128  # from which on keys of four bits are taken to be safe
+
+
+def safe_format(config: Any, head_dims: Sequence[int | None]) -> tuple[str, str]:
+    """The format that "auto" stands for, and why.
+
+    Args:
+        config: a decoder's config.
+        head_dims: of its layers; None for those without attention.
+    """
+    smallest = min((dim for dim in head_dims if dim), default=LEAST_HEAD_DIM)
+    biased = getattr(config, "attention_bias", None)
+    if biased is None:
+        return SAFE, "its config does not say whether keys have a bias, with which 4-bit keys may fail"
+    if biased:
+        return SAFE, "its keys have a bias, with which 4-bit keys may fail"
+    if smallest < LEAST_HEAD_DIM:
+        return SAFE, f"its head dimension is {smallest}: below {LEAST_HEAD_DIM} 4-bit keys lose more"
+    return SMALL, f"its keys have no bias and its head dimension is {smallest}"
+
+
+def read_policy(path: Path) -> list[str]:
+    """The format of each layer, from the file that `tq-inductor calibrate` wrote.
+
+    Raises:
+        FormatError: not such a file, or a format that does not exist.
+    """
+    try:
+        names = json.loads(path.read_text())["kv_format"]
+        return [KVFormat(name).name for name in names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f'{path} is no policy: write one with tq-inductor calibrate ("kv_format" names a format for '
+            f"each layer; {error})"
+        ) from error
+
+
+def layer_formats(
+    kv_format: str | Sequence[str], config: Any, head_dims: Sequence[int | None]
+) -> list[str]:
+    """The name of each layer's format.
+
+    Args:
+        kv_format: a name for all layers, one for each, or "auto" (whose choice is logged with its reason).
+        config: the decoder's config.
+        head_dims: of its layers; None for those without attention.
+
+    Raises:
+        FormatError: a format or head dimension that cannot be stored.
+        ValueError: not as many names as layers.
+    """
+    if isinstance(kv_format, str):
+        if kv_format == "auto":
+            kv_format, reason = safe_format(config, head_dims)
+            log.info('kv_format="auto" is %s: %s', kv_format, reason)
+        kv_format = [kv_format] * len(head_dims)
+    if len(kv_format) != len(head_dims):
+        raise ValueError(
+            f"kv_format names {len(kv_format)} formats, but the model has {len(head_dims)} layers: give "
+            "one name for all, or one for each layer (that of a layer without full attention is not used)"
+        )
+    return [KVFormat(name, dim or 128).name for name, dim in zip(kv_format, head_dims, strict=True)]
