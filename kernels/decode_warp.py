@@ -28,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, unpack_asm
-from .decode_reduce import reduce_splits
+from .decode_query import Queries
+from .decode_reduce import LOG2_E, reduce_splits
 from .warp_tiles import (
     copy_keys,
     copy_values,
@@ -102,10 +103,10 @@ def hadamard(tiles, COUNT: gl.constexpr):
 
 @gluon.jit
 def attend_tile(
-    acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
-    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr,
-    K_ROW: gl.constexpr, V_ROW: gl.constexpr, K_PLANE: gl.constexpr, V_DIM: gl.constexpr,
-    MMA: gl.constexpr,
+    acc, total, peak, largest, q, q_scale, mean_score, tables, shared, ptrs, sees, start, end,
+    SOFTCAP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr,
+    V_ASM: gl.constexpr, K_ROW: gl.constexpr, V_ROW: gl.constexpr, K_PLANE: gl.constexpr,
+    V_DIM: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` are those of the next tile."""
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -128,6 +129,10 @@ def attend_tile(
     copy_keys(shared, ptrs, end - next_start, K_ROW, K_PLANE)
     s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
     s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
+    if SOFTCAP != 0:  # of the whole score in base 2: from here on the factor is one
+        s = s * q_scale[None, :] + mean_score[None, :]
+        s = (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / SOFTCAP)))) * (SOFTCAP * LOG2_E)
+        q_scale = gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
 
     low, high, filled, whole_from, whole_to = sees
     if (start < whole_from) | (start + TILE > whole_to):
@@ -185,13 +190,14 @@ def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr, log_ptr,
-    cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
-    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
+    q_ptr, q_scale_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr,
+    partial_ptr, log_ptr, cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b,
+    bounds_stride_t, v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
     HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
+    HAS_MEAN: gl.constexpr, SOFTCAP: gl.constexpr, N: gl.constexpr, SCALE_BUFFERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -272,6 +278,9 @@ def warp_split_kernel(
     for t in gl.static_range(codes_per_byte(K_BITS)):
         q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
+    mean_score = gl.zeros([N], gl.float32, COLUMNS)
+    if HAS_MEAN:
+        mean_score = gl.load(mean_score_ptr + group * rows + row, mask=valid, other=0.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
     if V_LO != K_LO:
@@ -287,14 +296,16 @@ def warp_split_kernel(
     for start in range(first, end, TILE):
         ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
         acc, total, peak, largest = attend_tile(
-            acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, start, end,
-            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, MMA,
+            acc, total, peak, largest, q, q_scale, mean_score, tables, shared, ptrs, sees, start, end,
+            SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
     if PDL:
         gl.inline_asm_elementwise(LAUNCH_NEXT, "=r", [], gl.int32, False, 1)
 
-    gl.store(log_ptr + part, peak * q_scale + gl.log2(total) - WEIGHT_BITS, mask=valid)
+    if SOFTCAP == 0:
+        peak *= q_scale
+    gl.store(log_ptr + part, peak + gl.log2(total) - WEIGHT_BITS, mask=valid)
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
     value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
     out_ptr = partial_ptr + part[None, :] * V_DIM + value
@@ -354,8 +365,7 @@ def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
 
 
 def warp_split(
-    queries: torch.Tensor,
-    factors: torch.Tensor,
+    queries: Queries,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     bounds: torch.Tensor | None,
@@ -364,18 +374,19 @@ def warp_split(
     max_len: int,
     sms: int,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial outputs [B, Hkv, row, split, Dv], Hadamard-transformed, and logarithms of their weights.
 
-    `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` multiprocessors
-    share the work.
+    The arguments are `reference.decode`'s; `sms` multiprocessors share the work.
     """
-    batch, kv_heads, rows, dim = queries.shape
+    q, factors, mean_scores = queries
+    batch, kv_heads, rows, dim = q.shape
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
     shared = TILE.value * fmt.slot_bytes
-    available = shared_bytes(queries.device)
+    available = shared_bytes(q.device)
     warps = min(WARPS, available // (shared + 1024))
     groups = batch * kv_heads * blocks
     splits = best_splits(
@@ -384,21 +395,22 @@ def warp_split(
     # As much shared memory as leaves room for no more programs on a multiprocessor than its share: started
     # early, they fill some before they go to others.
     spare = available // min(warps, triton.cdiv(groups * splits, sms)) - 1024 - shared
-    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
-    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
+    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
     exact_from = beside.exact_from
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
-        queries if bounds is None else bounds, partial, logs, *cache.stride()[:2],
-        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
+        q, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
+        seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, partial, logs,
+        *cache.stride()[:2], seq_lens.expand(batch).stride(0),
+        0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *offsets, rows, q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, N=columns,
-        SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=65536 // 32 // WARPS - 1,
-        **early_launch(queries.device),
+        HAS_BOUNDS=bounds is not None, HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0,
+        N=columns, SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1,
+        maxnreg=65536 // 32 // WARPS - 1, **early_launch(q.device),
     )  # fmt: skip
     return partial, logs
 
@@ -406,7 +418,7 @@ def warp_split(
 def attend_by_warps(
     out: torch.Tensor,
     q: torch.Tensor,
-    queries: tuple[torch.Tensor, torch.Tensor],
+    queries: Queries,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     v_rotation: torch.Tensor,
@@ -416,14 +428,16 @@ def attend_by_warps(
     max_len: int,
     scale: float,
     beside: Beside,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out` `[B, H, q, Dv]`; `queries` are `rotate_queries`'s of q `[B, H, q, D]`."""
+    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated."""
     batch, heads, q_len, _ = out.shape
     bounds = None if bounds is None else bounds.expand(batch, q_len, 2)
     partial, logs = warp_split(
-        *queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device), beside
+        queries, cache, seq_lens, bounds, q_len, fmt, max_len, sm_count(out.device), beside, softcap
     )
     reduce_splits(
         out, partial, logs, q, seq_lens, v_rotation, None, bounds, sinks, heads // cache.shape[1], max_len,
-        scale, beside, transformed=True,
+        scale, beside, softcap, lse, transformed=True,
     )  # fmt: skip

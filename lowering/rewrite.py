@@ -106,7 +106,7 @@ class _Rewriter:
         sdpa = found.sdpa
         mask, bounds = self._visible(found)
         args = (sdpa.query, found.key, found.value, mask, bounds, sdpa.sinks, _scale_of(sdpa), backend)
-        self._replace(sdpa, OPS.attend.default, args)
+        self._replace(sdpa, OPS.attend.default, args, **_softcap_of(sdpa))
         _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
 
     def _attend_dense(self, found: Found, call: AttentionCall, backend: AttentionBackend) -> None:
@@ -137,7 +137,7 @@ class _Rewriter:
             op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
         else:
             op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
-        self._replace(sdpa, op, (*args, *cache_args, *tail))
+        self._replace(sdpa, op, (*args, *cache_args, *tail), **_softcap_of(sdpa))
         graph = source.dequantize.graph
         for node in (*chain, source.dequantize):
             if not node.users:
@@ -145,12 +145,12 @@ class _Rewriter:
         if store is not None:
             graph.erase_node(store)
 
-    def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...]) -> None:
+    def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...], **named: Any) -> None:
         """Put an op in the place of the call, its result in the layout that SDPA gives."""
         graph, expected = sdpa.node.graph, value_of(sdpa.node)
         write = GraphWriter(graph, sdpa.node)
         with graph.inserting_before(sdpa.node):
-            result = _in_layout_of(expected, write.call(op, *args), write)
+            result = _in_layout_of(expected, write.call(op, *args, **named), write)
         sdpa.node.replace_all_uses_with(result)
         graph.erase_node(sdpa.node)
 
@@ -203,6 +203,10 @@ def _in_layout_of(expected: torch.Tensor, result: fx.Node, write: GraphWriter) -
 
 def _scale_of(sdpa: SDPANode) -> float:
     return float(sdpa.scale) if sdpa.scale is not None else value_of(sdpa.query).shape[3] ** -0.5
+
+
+def _softcap_of(sdpa: SDPANode) -> dict[str, float]:
+    return {} if sdpa.softcap is None else {"softcap": sdpa.softcap}
 
 
 def _erase_unused(*nodes: fx.Node, until: tuple[fx.Node, ...]) -> None:

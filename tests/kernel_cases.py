@@ -42,6 +42,7 @@ class Case:
     keys: str = "random"
     exact: tuple[int, int] = (0, 0)
     crop: int = 0
+    softcap: float | None = None
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -54,6 +55,7 @@ class Case:
             + (f"-{self.keys}" if self.keys != "random" else "")
             + (f"-exact{self.exact[0]}+{self.exact[1]}" if any(self.exact) else "")
             + (f"-crop{self.crop}" if self.crop else "")
+            + (f"-softcap{self.softcap}" if self.softcap else "")
         )
 
     @property
@@ -108,6 +110,11 @@ DECODE_INTERPRETED = [
     Case("k2v2", 16, q_len=2, lens=(90, 33), mask="left", dtype=FP32, exact=(4, 16), crop=9),
     Case("k4v4", 16, heads=6, q_len=2, lens=(50, 20), max_len=40, dtype=FP32, exact=(4, 8)),  # overfull
     Case("k4v4", 32, q_len=2, lens=(70, 99), mask="bool", bounds="row", dtype=FP32, exact=(1, 20), crop=30),
+    Case("k4v4", 80, q_len=2, lens=(140, 9), mask="bool", sinks=True, dtype=FP16, softcap=3.0),
+    Case(
+        "k3v2", 16, q_len=3, lens=(90, 40), bounds="window", dtype=FP32, exact=(9, 7), crop=4, softcap=2.0
+    ),
+    Case("fp16", 48, q_len=2, lens=(129, 1), mask="left", dtype=FP32, softcap=5.0),
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
@@ -115,6 +122,7 @@ ATTEND_INTERPRETED = [
     Case("", 16, q_len=2, max_len=100, bounds="shared", dtype=FP16),
     Case("", 80, 16, heads=7, kv_heads=1, q_len=2, max_len=200, mask="bool", bounds="row", dtype=FP32),
     Case("", 16, q_len=1, max_len=90, mask="float", dtype=FP32),
+    Case("", 24, q_len=2, max_len=90, mask="float", bounds="row", sinks=True, dtype=FP32, softcap=2.0),
 ]
 
 _DTYPES = (BF16, FP16, FP32)
@@ -218,8 +226,42 @@ DECODE_GPU = [
         for name in ("k4v4", "k8v4", "k2v2", "bf16")
         for mask, b in (("none", "window"), ("bool", "row"), ("none", "none"))
     ),
+    *(
+        Case(
+            name,
+            dim,
+            heads=8,
+            q_len=q,
+            lens=(900, 129, 1),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            sinks=b == "row",
+            keys=keys,
+            exact=exact,
+            softcap=cap,
+        )
+        for name, dim in (
+            ("k4v4", 128),
+            ("k8v8", 64),
+            ("k2v2", 256),
+            ("k3v3", 128),
+            ("k4v4", 80),
+            ("bf16", 256),
+        )
+        for q, mask, b, keys, exact, cap in (
+            (1, "none", "none", "random", (0, 0), 50.0),
+            (5, "none", "window", "huge", (0, 0), 2.0),
+            (2, "bool", "row", "random", (0, 0), 5.0),
+            (3, "none", "row", "heavy", (4, 32), 30.0),
+        )
+        if name != "bf16" or exact == (0, 0)
+    ),
 ]
-APPEND_INTERPRETED = [Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9))]
+APPEND_INTERPRETED = [
+    Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9)),
+    Case("k4v4", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9), softcap=2.0),
+]
 APPEND_GPU = [
     *APPEND_INTERPRETED,
     *(
@@ -233,6 +275,8 @@ APPEND_GPU = [
         for heads, q_len, lens in ((8, 1, (2000, 1, 65)), (14, 5, (2100, 5)), (2, 16, (3000, 17)))
     ),
     Case("bf16", heads=8, lens=(2000, 1), max_len=2100),
+    Case("k4v4", 128, heads=8, lens=(2000, 1, 65), max_len=2100, softcap=3.0),
+    Case("k3v4", 256, heads=8, q_len=3, lens=(2000, 5, 65), max_len=2100, exact=(4, 32), softcap=20.0),
 ]
 LARGE_GPU = [
     Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP16),
@@ -248,6 +292,8 @@ ATTEND_GPU = [
         for q, mask, b, sinks in ((1, "none", "row", False), (5, "bool", "window", True))
     ),
     Case("", 128, heads=71, kv_heads=1, q_len=1, max_len=3000, bounds="row"),
+    Case("", 256, heads=8, q_len=1, max_len=3000, bounds="window", softcap=50.0),
+    Case("", 128, heads=8, q_len=5, max_len=1000, mask="float", sinks=True, softcap=2.0),
 ]
 
 

@@ -159,6 +159,18 @@ def assert_close(
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
+def empty_lse(case: Case, device: str) -> torch.Tensor:
+    """Where a kernel puts the LSE of a case."""
+    return torch.full((case.batch, case.heads, case.q_len), 7.0, device=device)
+
+
+def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """NaN and -inf exactly where expected; elsewhere an error of 2e-3, or of so much of a large LSE."""
+    tolerance = 1e-5 if dtype == FP32 else 2e-3
+    close = torch.isclose(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert close.all(), f"{(~close).sum()} of {close.numel()} LSEs are wrong"
+
+
 def check_store(case: Case, device: str) -> None:
     """The bytes are the reference's, but for codes that rounding moves over a decision boundary."""
     fmt = case.format
@@ -266,24 +278,25 @@ def make_sinks(case: Case) -> torch.Tensor | None:
 
 
 def check_decode(case: Case, device: str) -> None:
-    """Attention in float64 over what the reference loads from the same bytes."""
+    """Attention in float64 over what the reference loads from the same bytes, and its LSE."""
     fmt, (cache, beside) = case.format, filled_cache(case, device)
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
     mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
-    scale = 1.5 / case.dim**0.5
+    scale, lse = 1.5 / case.dim**0.5, empty_lse(case, device)
     with nan_filled_memory():
         actual = decode(
             q, cache, lengths(case, device), *rotations(case, device), *on(device, mask, bounds, sinks),
-            fmt, case.max_len, scale, moved(beside, device),
+            fmt, case.max_len, scale, moved(beside, device), case.softcap, lse,
         )  # fmt: skip
     assert actual.dtype == case.dtype
     lens = lengths(case, "cpu")
     k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
     if mask is None and bounds is None:
         bounds = reference.last_tokens(lens, case.batch, case.q_len)
-    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
-    expected = reference.poison_overfull(expected, lens, case.max_len)
+    expected = float64_attention(q, k, v, mask, bounds, sinks, scale, case.softcap)
+    expected, expected_lse = (reference.poison_overfull(x, lens, case.max_len) for x in expected)
     assert_close(actual, expected, case.dtype)
+    assert_lse_close(lse, expected_lse, case.dtype)
 
 
 def check_append(case: Case, device: str) -> None:
@@ -301,7 +314,7 @@ def check_append(case: Case, device: str) -> None:
     stored, stored_beside, beside = cache.clone(), moved(beside, device), moved(beside, device)
     store(stored, k, v, lens, *turns, fmt, stored_beside)
     scale = 1.5 / case.dim**0.5
-    last = (None, None, None, fmt, case.max_len, scale, beside)
+    last = (None, None, None, fmt, case.max_len, scale, beside, case.softcap)
     with nan_filled_memory():
         actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
     again = append_and_attend(cache, q, k, v, lens, *turns, *last)
@@ -312,7 +325,7 @@ def check_append(case: Case, device: str) -> None:
     lens, beside = lens.cpu(), moved(beside, "cpu")
     keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
     bounds = reference.last_tokens(lens, case.batch, case.q_len)
-    expected = float64_attention(q, keys, values, None, bounds, None, scale)
+    expected, _ = float64_attention(q, keys, values, None, bounds, None, scale, case.softcap)
     assert_close(actual, reference.poison_overfull(expected, lens, case.max_len), case.dtype)
 
 
@@ -335,28 +348,30 @@ def check_large(case: Case, device: str) -> None:
 
 
 def check_attend(case: Case, device: str) -> None:
-    """Attention in float64 over plain keys and values, with NaN where nothing may read."""
+    """Attention in float64 over plain keys and values, with NaN where nothing may read, and its LSE."""
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
     mask, bounds, sinks = make_mask(case), make_bounds(case), make_sinks(case)
     k, v = (
         torch.randn(case.batch, case.max_len, case.kv_heads, d).to(device, case.dtype).transpose(1, 2)
         for d in (case.dim, case.v_dim or case.dim)
     )
-    scale = 1.5 / case.dim**0.5
-    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
+    scale, lse = 1.5 / case.dim**0.5, empty_lse(case, device)
+    expected, expected_lse = float64_attention(q, k, v, mask, bounds, sinks, scale, case.softcap)
     if bounds is not None and case.bounds == "row":  # no tile of 64 slots reaches it
         k[1, :, 128:], v[1, :, 128:] = float("nan"), float("nan")
     with nan_filled_memory():
-        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale)
+        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale, case.softcap, lse)
     assert actual.dtype == case.dtype
     assert_close(actual, expected, case.dtype, roundings=2)  # the weights, the result
+    assert_lse_close(lse, expected_lse, case.dtype)
 
 
-def float64_attention(q, k, v, mask, bounds, sinks, scale) -> torch.Tensor:
-    """The reference on a CPU in float64."""
+def float64_attention(q, k, v, mask, bounds, sinks, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference on a CPU in float64, with the LSE."""
     visible, bias = reference.visible_keys(mask, bounds, k.shape[2])
     inputs = (x.cpu().double() for x in (q, k, v))
-    return reference.attention(*inputs, visible, scale, None if bias is None else bias.double(), sinks)
+    bias = None if bias is None else bias.double()
+    return reference.attention_and_lse(*inputs, visible, scale, bias, sinks, softcap)
 
 
 def check_varlen(case: Ragged, device: str) -> None:

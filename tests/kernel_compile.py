@@ -53,16 +53,25 @@ def record_launches() -> list[tuple]:
             dequantize(cache, lens, *rotations(case, "cpu"), fmt, 4096, BF16, beside)
             q = torch.zeros(2, 8, 1, 128, dtype=BF16)
             mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
-            for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
+            lse = torch.empty(2, 8, 1)
+            for attn_mask, *cap in ((None,), (None, 50.0, lse), (mask,))[: 3 if name == "k4v4" else 2]:
                 visible = (attn_mask, None, None)
-                decode(q, cache, lens, *rotations(case, "cpu"), *visible, fmt, 4096, 0.1, beside)
-        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1), ("k3v3", 128, 1)):
+                decode(q, cache, lens, *rotations(case, "cpu"), *visible, fmt, 4096, 0.1, beside, *cap)
+        for name, dim, q_len, cap in (
+            ("k4v4", 128, 1, None),
+            ("k4v4", 256, 1, 50.0),
+            ("k8v2", 128, 3, None),
+            ("k2v8", 64, 1, None),
+            ("k3v3", 128, 1, None),
+        ):
             case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32))
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
             q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
-            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, fmt, 0.1, beside)
-            attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, None, None, fmt, 4096, 0.1, beside)
+            last = (fmt, 0.1, beside, cap)
+            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, *last)
+            last = (None, None, fmt, 4096, *last[1:])
+            attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, *last)
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -108,7 +117,8 @@ def main() -> int:
     """Compile every kernel for every target, a line each; 1 if one failed."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        variant = [str(kwargs[name]) for name in ("K_BITS", "V_BITS", "MASK", "ROTATION") if name in kwargs]
+        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "SOFTCAP", "HAS_MEAN")
+        variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target, limit in TARGETS.items():

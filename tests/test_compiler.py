@@ -288,8 +288,10 @@ def gpu_prefill(**facts):
         ({"capability": (7, 5)}, "sdpa", "compute capability (7, 5) (needs at least (8, 0))"),
         ({"needs_grad": True}, "sdpa", "a gradient is needed"),
         ({"sinks": True, "needs_grad": True}, "none", "a gradient is needed"),
-        ({"softcap": 30.0}, "flex", "softcap=30.0"),
-        ({"softcap": 30.0, "device": "cpu", "capability": None}, "none", "softcap=30.0"),
+        ({"softcap": 30.0}, "triton", ""),
+        ({"softcap": 30.0, "device": "cpu", "capability": None}, "triton", ""),
+        ({"softcap": 30.0, "interval": False, "mask": "float"}, "flex", "q_len=2048 (at most 128) with"),
+        ({"softcap": 30.0, "needs_grad": True}, "none", "a gradient is needed"),
     ],
 )
 def test_choice_for_masked_prefill(facts, backend, reason):

@@ -33,7 +33,8 @@ def test_opcheck(name, device):
     opcheck(ops.tq_store.default, (cache, *kv, *tail, name))
     ops.tq_store(cache, *kv, *tail, name)
     opcheck(ops.tq_dequantize.default, (cache, *tail, name, MAX_LEN, torch.float32))
-    opcheck(ops.tq_decode.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25))
+    for op in (ops.tq_decode, ops.tq_decode_lse):
+        opcheck(op.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25), {"softcap": 5.0})
     opcheck(ops.tq_append_attend.default, (cache, q, *kv, *tail, mask, None, None, name, MAX_LEN, 0.25))
 
 
@@ -74,6 +75,50 @@ def test_opcheck_attend(device, sinks):
         ops.attend.default,
         (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, None, None, sink, 0.25, "triton"),
     )
+    opcheck(ops.attend_lse.default, (q, k, v, mask, bounds, sink, 0.25, "triton"), {"softcap": 3.0})
+
+
+def test_softcap_and_lse():
+    cache, kv, tail = cache_arguments("k4v4", "cpu")
+    ops.tq_store(cache, *kv, *tail, "k4v4")
+    keys, values = (x[:, :, :7] for x in load(cache, *tail, KVFormat("k4v4", 16), MAX_LEN))
+    q, sinks = torch.randn(2, 4, 1, 16), torch.randn(4)
+    scores = 3 * torch.tanh(q @ keys.repeat_interleave(2, 1).mT * (0.5 / 3))
+    scores = torch.cat((scores, sinks.view(1, 4, 1, 1).expand(2, -1, -1, -1)), -1)
+    expected = scores.softmax(-1)[..., :-1] @ values.repeat_interleave(2, 1)
+    packed = ops.tq_decode_lse(q, cache, *tail, None, None, sinks, "k4v4", MAX_LEN, 0.5, softcap=3.0)
+    plain = ops.attend_lse(q, keys, values, None, None, sinks, 0.5, "triton", softcap=3.0)
+    for out, lse in (packed, plain):
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
+
+
+def test_attention_of_parts_is_merged_by_lse():
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, 3), (2, 20), (2, 20)))
+    parts = []
+    for first, end in ((0, 0), (0, 7), (7, 20)):  # the first sees nothing
+        bounds = torch.tensor([[[first, end]]], dtype=torch.int32)
+        parts.append(ops.attend_lse(q, k, v, None, bounds, None, 0.25, "triton"))
+    assert parts[0][1].eq(-torch.inf).all()
+    outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
+    merged = (lses.softmax(0)[..., None] * outs).sum(0)
+    expected, lse = ops.attend_lse(q, k, v, None, None, None, 0.25, "triton")
+    assert torch.allclose(merged, expected, atol=1e-5)
+    assert torch.allclose(lses.logsumexp(0), lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
+def test_softcaps_that_are_refused(softcap):
+    cache, kv, tail = cache_arguments("k4v4", "cpu")
+    before, q = cache.clone(), torch.randn(2, 4, 7, 16)
+    how = {"softcap": softcap}
+    with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
+        ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
+        ops.tq_append_attend(cache, q, *kv, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
+        ops.attend(q, *kv, None, None, None, 0.25, "triton", **how)
+    assert torch.equal(cache, before)
 
 
 def test_attend_reads_only_what_is_visible():
@@ -162,5 +207,8 @@ def test_backward_is_refused():
     ops.tq_store(cache, *kv, *tail, "k4v4")
     q = torch.randn(2, 4, 1, 16, requires_grad=True)
     out = ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25)
+    with pytest.raises(RuntimeError, match=r"no backward.*torch.no_grad"):
+        out.sum().backward()
+    out, _ = ops.attend_lse(q, *kv, None, None, None, 0.25, "triton")
     with pytest.raises(RuntimeError, match=r"no backward.*torch.no_grad"):
         out.sum().backward()

@@ -18,6 +18,11 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   sees `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode`
   are the last `q` tokens and see all before and themselves; those of `attend` see everything.
 - `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
+- `softcap`: a positive number: scaled scores s become `softcap * tanh(s / softcap)`, before a mask adds to
+  them; sinks are not changed.
+- `tq_decode_lse`, `attend_lse`: the result of `tq_decode`, `attend`, and float32 `[B, H, q]`, the natural
+  logarithm of the softmax's denominator: -inf for a query without a visible key, NaN in rows of NaN. Sinks
+  count in it, as in FlashAttention-3 and FlashInfer: of parts that are merged by it only one may have them.
 - `k_mean`, `exact`, `exact_from`, `sink_tokens`: what a packed cache keeps beside its bytes (`beside` says
   what they hold and when a store changes them); absent for a lossless format.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
@@ -64,9 +69,9 @@ for _schema, _impl, _fake in (*packed_ops.OPS, *attention_ops.OPS, _REFUSE):
     torch.library.register_fake(f"tq_inductor::{_name}", _fake, lib=_lib)
 
 
-def _backward_refused(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> None:
-    torch.ops.tq_inductor.tq_refuse_backward(grad)
+def _backward_refused(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> None:
+    torch.ops.tq_inductor.tq_refuse_backward(grads[0])
 
 
-for _name in ("tq_decode", "attend", "dense_attn", "varlen_attn"):
+for _name in ("tq_decode", "tq_decode_lse", "attend", "attend_lse", "dense_attn", "varlen_attn"):
     torch.library.register_autograd(f"tq_inductor::{_name}", _backward_refused, lib=_lib)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from .beside import Beside
 from .format import KVFormat
+from .op_checks import check_softcap
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
 _BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int sink_tokens=0"
@@ -95,7 +100,10 @@ def _tq_decode(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    check_softcap(softcap)
     if cache.is_cuda:
         from .kernels.decode import decode
     else:
@@ -103,8 +111,17 @@ def _tq_decode(
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     beside = Beside(k_mean, exact, exact_from, sink_tokens)
     return decode(
-        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside
-    )
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside,
+        softcap, lse,
+    )  # fmt: skip
+
+
+def _tq_decode_lse(
+    q: torch.Tensor, cache: torch.Tensor, *rest: Any, **named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    decode: Callable[..., torch.Tensor] = partial(_tq_decode, lse=lse)
+    return decode(q, cache, *rest, **named), lse
 
 
 def _tq_decode_fake(
@@ -114,8 +131,13 @@ def _tq_decode_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     *rest: object,
+    **named: object,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+def _tq_decode_lse_fake(q: torch.Tensor, *rest: Any, **named: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return _tq_decode_fake(q, *rest), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _tq_append_attend(
@@ -136,20 +158,22 @@ def _tq_append_attend(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
+    check_softcap(softcap)
     if cache.is_cuda:
         from .kernels.append import append_and_attend
 
         fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
         return append_and_attend(
             cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-            Beside(k_mean, exact, exact_from, sink_tokens),
+            Beside(k_mean, exact, exact_from, sink_tokens), softcap,
         )  # fmt: skip
     beside = (k_mean, exact, exact_from, sink_tokens)
     _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside)
     return _tq_decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale,
-        *beside,
+        *beside, softcap,
     )  # fmt: skip
 
 
@@ -162,9 +186,15 @@ def _tq_append_attend_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     *rest: object,
+    **named: object,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
 
+
+_DECODE_ARGS = (
+    f"Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask, Tensor? bounds, Tensor? sinks,"
+    f" str kv_format, SymInt max_len, float scale, {_BESIDE}, float? softcap=None"
+)
 
 OPS = (
     (
@@ -179,16 +209,12 @@ OPS = (
         _tq_dequantize,
         _tq_dequantize_fake,
     ),
-    (
-        f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask,"
-        f" Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale, {_BESIDE}) -> Tensor",
-        _tq_decode,
-        _tq_decode_fake,
-    ),
+    (f"tq_decode({_DECODE_ARGS}) -> Tensor", _tq_decode, _tq_decode_fake),
+    (f"tq_decode_lse({_DECODE_ARGS}) -> (Tensor, Tensor)", _tq_decode_lse, _tq_decode_lse_fake),
     (
         f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
         " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
-        f" {_BESIDE_WRITTEN}) -> Tensor",
+        f" {_BESIDE_WRITTEN}, float? softcap=None) -> Tensor",
         _tq_append_attend,
         _tq_append_attend_fake,
     ),

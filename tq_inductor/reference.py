@@ -170,6 +170,20 @@ def attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
+    """Softmax attention `[B, H, q, Dv]`: `attention_and_lse` without the latter."""
+    return attention_and_lse(q, k, v, visible, scale, bias, sinks, softcap)[0]
+
+
+def attention_and_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention, in the dtype of its inputs (float64 for an oracle).
 
     Args:
@@ -180,7 +194,8 @@ def attention(
         softcap: scaled scores s become `softcap * tanh(s / softcap)`, before the bias.
 
     Returns:
-        `[B, H, q, Dv]`.
+        `[B, H, q, Dv]`, and the natural logarithm of the softmax's denominator `[B, H, q]`, sinks included;
+        -inf where that is 0.
     """
     kv_heads = k.shape[1]
     grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, group * q, D]: no head is copied
@@ -195,10 +210,10 @@ def attention(
         scores = torch.cat((scores, column), -1)
     peak = scores.amax(-1, keepdim=True)
     weights = torch.where(peak.isneginf(), 0.0, (scores - peak).exp())
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-    weights = weights[..., : k.shape[2]]
+    total = weights.sum(-1, keepdim=True)
+    weights = (weights / total.clamp(min=torch.finfo(q.dtype).tiny))[..., : k.shape[2]]
     out = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ v
-    return out.view(*q.shape[:-1], -1)
+    return out.view(*q.shape[:-1], -1), (peak + total.log()).squeeze(-1)
 
 
 def visible_keys(
@@ -270,15 +285,22 @@ def decode(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows."""
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows.
+
+    `lse` `[B, H, q]` float32 is filled, if given, with `attention_and_lse`'s logarithm.
+    """
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
     end = _visible_range(visible).stop  # read no slot that nothing sees
     k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside)
     bias = None if bias is None else bias[..., :end]
-    out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
+    out, log = attention_and_lse(q.float(), k, v, visible[..., :end], scale, bias, sinks, softcap)
+    if lse is not None:
+        lse.copy_(poison_overfull(log, seq_lens, max_len))
     return poison_overfull(out, seq_lens, max_len).to(q.dtype)
 
 
@@ -291,14 +313,23 @@ def attend(
     bounds: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over the keys and values `[B, Hkv, L, D]` that something sees."""
+    """Attention of q `[B, H, q, D]` over the keys and values `[B, Hkv, L, D]` that something sees.
+
+    `lse` is filled as by `decode`.
+    """
     visible, bias = visible_keys(attn_mask, bounds, k.shape[2])
     seen = _visible_range(visible)
     visible, k, v = visible[..., seen], k[:, :, seen], v[:, :, seen]
     bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
-    if sinks is None:
+    if sinks is None and softcap is None and lse is None:
         mask = visible if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         return out.contiguous()
-    return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
+    inputs = (q.float(), k.float(), v.float())
+    out, log = attention_and_lse(*inputs, visible, scale, bias, sinks, softcap)
+    if lse is not None:
+        lse.copy_(log)
+    return out.to(q.dtype)
