@@ -99,15 +99,16 @@ def query_kernel(
 @triton.jit
 def prepare_kernel(
     cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
-    exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride,
-    v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
+    exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
+    k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
     q_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, scale,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    MEAN_SCORES: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, MEAN_SCORES: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`store_kernel` in the first two rows of the grid, the queries in the others."""
     if PDL:
@@ -116,11 +117,12 @@ def prepare_kernel(
     if tl.program_id(1) < 2:
         store_kernel(
             cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
-            exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-            v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride, v_rows_offset,
-            k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size, HAS_MEAN, HAS_EXACT, SINKS,
-            RECENT, K_BITS, V_BITS, K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, BLOCK,
-            BLOCK_K,
+            exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
+            k_stride_b, k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+            lens_stride, from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads,
+            new, capacity, HAS_MEAN, HAS_EXACT, SINKS,
+            RECENT, K_BITS, V_BITS, K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE,
+            BLOCK, BLOCK_K,
         )  # fmt: skip
     else:
         rotate_block(
@@ -186,6 +188,7 @@ def store_and_rotate(
     scale: float,
     beside: Beside,
     softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> Queries:
     """`store` and `rotate_queries` in one launch, for dimensions that are powers of two up to 256.
 
@@ -194,7 +197,9 @@ def store_and_rotate(
     mean_scores = softcap is not None and beside.k_mean is not None
     queries = empty_queries(q, cache.shape[1], mean_scores)
     take_mean(k, seq_lens, beside)
-    arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
+    arguments, constants = store_arguments(
+        cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table
+    )
     rows = queries.factors.numel()
     blocks = triton.cdiv(k[..., 0].numel(), constants["BLOCK"])
     prepare_kernel[(blocks, 2 + triton.cdiv(triton.cdiv(rows, ROWS), blocks))](

@@ -25,7 +25,7 @@ from .beyond_sdpa import find_calls_beyond_sdpa
 from .describe_call import Found, describe, has_four_dimensions
 from .find_calls import SDPANode, find_calls, value_of
 from .graph_writer import GraphWriter
-from .kv_source import OPS, calls_op, packed_source
+from .kv_source import OPS, PackedSource, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
 from .operations import same_sizes
 from .read_mask import MaskReader
@@ -137,7 +137,7 @@ class _Rewriter:
             op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
         else:
             op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
-        self._replace(sdpa, op, (*args, *cache_args, *tail), **_softcap_of(sdpa))
+        self._replace(sdpa, op, (*args, *cache_args, *tail), **_softcap_of(sdpa), **_pages_of(source))
         graph = source.dequantize.graph
         for node in (*chain, source.dequantize):
             if not node.users:
@@ -207,6 +207,10 @@ def _scale_of(sdpa: SDPANode) -> float:
 
 def _softcap_of(sdpa: SDPANode) -> dict[str, float]:
     return {} if sdpa.softcap is None else {"softcap": sdpa.softcap}
+
+
+def _pages_of(source: PackedSource) -> dict[str, fx.Node]:
+    return {} if source.block_table is None else {"block_table": source.block_table}
 
 
 def _erase_unused(*nodes: fx.Node, until: tuple[fx.Node, ...]) -> None:

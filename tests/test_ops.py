@@ -63,6 +63,91 @@ def test_opcheck_with_what_lies_beside(device):
         opcheck(ops.tq_append_attend.default, arguments)
 
 
+def paged_arguments(name, device, page_size=16):
+    """(cache in pages, block table): as `cache_arguments`, 3 pages a row; the second row has two."""
+    fmt = KVFormat(name, 16)
+    cache = torch.zeros(7, 2, page_size * fmt.slot_bytes, dtype=torch.uint8, device=device)
+    return cache, torch.tensor([[6, 1, 3], [2, 5, -1]], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_opcheck_with_a_block_table(name, device):
+    _, kv, tail = cache_arguments(name, device)
+    cache, table = paged_arguments(name, device)
+    q, how = torch.randn(2, 4, 7, 16, device=device), {"block_table": table}
+    opcheck(ops.tq_store.default, (cache, *kv, *tail, name), how)
+    ops.tq_store(cache, *kv, *tail, name, **how)
+    opcheck(ops.tq_dequantize.default, (cache, *tail, name, MAX_LEN, torch.float32), how)
+    for op in (ops.tq_decode, ops.tq_decode_lse):
+        opcheck(op.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25), how)
+    arguments = (cache, q, *kv, *tail, None, None, None, name, MAX_LEN, 0.25)
+    opcheck(ops.tq_append_attend.default, arguments, how)
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k3v8", "bf16"])
+def test_pages_hold_what_one_page_a_row_holds(name):
+    plain, _, (_, *rotations) = cache_arguments(name, "cpu")
+    cache, table = paged_arguments(name, "cpu")
+    k, v = torch.randn(2, 2, 33, 16), torch.randn(2, 2, 33, 16)
+    q, results = torch.randn(2, 4, 2, 16), []
+    for packed, how in ((plain, {}), (cache, {"block_table": table})):
+        before = (k[:, :, :20], v[:, :, :20], torch.tensor(20), *rotations, name)
+        ops.tq_store(packed, *before, **how)
+        lens = torch.tensor([33, 22])
+        new = (q, k[:, :, -2:], v[:, :, -2:], lens, *rotations, None, None, None, name, MAX_LEN, 0.25)
+        read = ops.tq_dequantize(packed, lens, *rotations, name, MAX_LEN, torch.float32, **how)
+        results.append((ops.tq_append_attend(packed, *new, **how), *read))
+    for in_one, in_pages in zip(*results, strict=True):
+        assert torch.equal(in_one, in_pages)
+    assert cache[[0, 4]].eq(0).all()  # in no row
+
+
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_a_token_without_a_page_is_not_read_unnoticed(name):
+    _, _, (_, *rotations) = cache_arguments(name, "cpu")
+    cache, table = paged_arguments(name, "cpu")
+    k, v = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    lens, how = torch.tensor(40), {"block_table": table}
+    ops.tq_store(cache, k, v, lens, *rotations, name, **how)
+    keys, values = ops.tq_dequantize(cache, lens, *rotations, name, MAX_LEN, torch.float32, **how)
+    assert keys[1, :, 32:].isnan().all()
+    assert keys[1, :, :32].isfinite().all()
+    assert values[1, :, 32:].eq(0).all()
+    bounds = torch.tensor([[0, 33], [3, 32]], dtype=torch.int32).expand(2, 2, 2)
+    out, lse = ops.tq_decode_lse(
+        torch.randn(2, 4, 2, 16), cache, lens, *rotations, None, bounds, None, name, MAX_LEN, 0.25, **how
+    )
+    for x in (out, lse):
+        assert x[1, :, 0].isnan().all()  # sees position 32 of the second row
+        assert x[0].isfinite().all()
+        assert x[1, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda cache, table: (cache, table.long()), "block_table is torch.int64"),
+        (lambda cache, table: (cache, table[:1]), r"needs torch.int32 \[2, pages of a row\]"),
+        (lambda cache, table: (cache, table[0]), "block_table is"),
+        (lambda cache, table: (cache, table[:, :2]), "a row of the block table has 2 pages of 16 tokens"),
+        (lambda cache, table: (cache, table[:, :0]), "a row of the block table has 0 pages"),
+        (lambda cache, table: (cache[..., : 8 * 20], table), "page_size=8 is not a multiple of 16"),
+        (lambda cache, table: (cache[..., :-1], table), "not a multiple of 16|needs a multiple of"),
+        (lambda cache, table: (cache[..., :4], table), "needs a multiple of"),
+    ],
+)
+def test_block_tables_that_are_refused(change, error):
+    _, kv, tail = cache_arguments("k4v4", "cpu")
+    cache, table = change(*paged_arguments("k4v4", "cpu"))
+    before, q, how = cache.clone(), torch.randn(2, 4, 7, 16), {"block_table": table}
+    with pytest.raises(ValueError, match=error):
+        ops.tq_append_attend(cache, q, *kv, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    with pytest.raises(ValueError, match=error):
+        ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    assert torch.equal(cache, before)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_opcheck_attend(device, sinks):

@@ -7,6 +7,11 @@ because its calls cost a tenth of a mutating `custom_op` (pytorch/pytorch#139500
 Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dimension.
 
 - `cache`: uint8 `[B, Hkv, page_bytes]`, one page per batch row, laid out as `format` says.
+- `block_table`: int32 `[B, n]`: `cache` is then `[pages, Hkv, page_bytes]`, pages of a multiple of 16
+  tokens; token p of row b lies in page `block_table[b, p // page_size]`, -1: it has none. Tokens without a
+  page, or past the table, are not stored. A query that sees a token without a page gives NaN; `max_len` is
+  at most what the table has room for. What lies beside is of batch rows: those that share a page need the
+  same mean.
 - `seq_lens`: int64 `[]` or `[B]`, tokens in each row, on the device; *after* the append for ops that
   append, which put their tokens at positions `seq_lens - q .. seq_lens - 1` and skip those that fall
   outside the page. A row with more than `max_len` tokens has lost some: it reads as NaN.
