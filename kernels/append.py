@@ -7,6 +7,7 @@ from ..format import KVFormat
 from .decode import decode
 from .decode_query import store_and_rotate
 from .decode_warp import attend_by_warps, takes
+from .pages import tokens_of_page
 from .store import store
 
 
@@ -25,17 +26,26 @@ def append_and_attend(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`store`, then `decode`."""
-    if q.numel() == 0 or q.shape[2] != k.shape[2] or not takes(q, fmt, cache.shape[1], attn_mask, bounds):
-        store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
+    page = tokens_of_page(cache, fmt, block_table)
+    by_warps = takes(q, fmt, cache.shape[1], attn_mask, bounds, page)
+    if q.numel() == 0 or q.shape[2] != k.shape[2] or not by_warps:
+        store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table)
         visible = (attn_mask, bounds, sinks)
-        return decode(q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, beside)
+        return decode(
+            q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, beside, softcap,
+            block_table,
+        )  # fmt: skip
     out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     with torch.cuda.device_of(q):
-        queries = store_and_rotate(cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside)
+        queries = store_and_rotate(
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, softcap, block_table
+        )
         attend_by_warps(
             out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-            beside,
+            beside, softcap, block_table,
         )  # fmt: skip
     return out

@@ -31,12 +31,11 @@ from .bits import (
     FP16_UNIT,
     TINY,
     early_launch,
-    load_centroids,
     magnitude_words,
     operand_dtype,
     sm_count,
 )
-from .decode_query import rotate_queries
+from .decode_query import rotate, rotate_queries
 from .decode_reduce import (
     KEY_MASK,
     LOG2_E,
@@ -46,97 +45,53 @@ from .decode_reduce import (
     load_mask,
     mask_arguments,
     reduce_splits,
+    squash,
 )
+from .decode_rows import load_query, load_rows
 from .decode_warp import attend_by_warps, takes
+from .pages import TOGETHER, find_tokens, table_arguments, tokens_of_page
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
 
 
 @triton.jit
-def rotate_kernel(
-    x_ptr, rotation_ptr, out_ptr, stride_b, stride_h, stride_t, stride_d, rows, heads, tokens,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out [B, H, tokens, D] float32, contiguous = x @ rotation."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    batch, head = row // tokens // heads, row // tokens % heads
-    x_ptr += batch * stride_b + head * stride_h + row % tokens * stride_t
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, DIM, BLOCK_K):
-        dims = start + tl.arange(0, BLOCK_K)
-        mask = (row < rows)[:, None] & (dims < DIM)[None, :]
-        x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
-        mask = (dims < DIM)[:, None] & (columns < DIM)[None, :]
-        rotation = tl.load(rotation_ptr + dims[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
-        out = tl.dot(x.to(tl.float32), rotation, out, input_precision="ieee")
-    mask = (row < rows)[:, None] & (columns < DIM)[None, :]
-    tl.store(out_ptr + row[:, None] * DIM + columns[None, :], out, mask=mask)
-
-
-@triton.jit
-def load_query(q_ptr, stride_d, valid, start, inv_peak, OPERAND: tl.constexpr, DIM: tl.constexpr,
-               BLOCK_D: tl.constexpr):  # fmt: skip
-    """Coordinates `start`.. of the query rows at `q_ptr` [BLOCK_M], times `inv_peak` if converted."""
-    dims = start + tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & (dims < DIM)[None, :]
-    q = tl.load(q_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
-    if q.dtype == OPERAND:
-        return q  # [BLOCK_M, BLOCK_D]
-    else:
-        return (q * inv_peak[:, None]).to(OPERAND)
-
-
-@triton.jit
-def load_rows(rows_ptr, stride_n, slots, start, filled, first, BITS: tl.constexpr, LO: tl.constexpr,
-              HI: tl.constexpr, OPERAND: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
-              BLOCK_D: tl.constexpr):  # fmt: skip
-    """Coordinates `first`.. of the rows of slots `start + slots` of a plane of interleave `GROUP`.
-
-    Zero at and past `filled` in a lossless format; a packed one yields finite centroids there.
-    """
-    dims = (first + tl.arange(0, BLOCK_D))[None, :]
-    if BITS == 16:
-        mask = (start + slots < filled)[:, None] & (dims < DIM)
-        row_ptr = rows_ptr + (start + slots).to(tl.int64)[:, None] * stride_n
-        x = tl.load(row_ptr + dims, mask=mask, other=0.0)
-    else:
-        ROW: tl.constexpr = DIM * BITS // 8
-        # A mask per group of slots, for loads that are as wide as a group.
-        group = slots // GROUP * GROUP
-        mask = (start + group < filled)[:, None] & (dims < DIM)
-        row_ptr = rows_ptr + tl.cast(start, tl.int64) * ROW + (group * ROW + slots % GROUP)[:, None]
-        x = load_centroids(row_ptr, dims, mask, BITS, DIM, LO, HI, GROUP)
-    return x.to(OPERAND)  # [BLOCK_N, BLOCK_D]
-
-
-@triton.jit
 def attend_tile(
-    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr, k_stride_n,
-    v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, bias,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
-    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr, table_stride,
+    k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr, v_scale_ptr, scale_stride_b,
+    start, filled, dv_start, visible, bias,
+    SOFTCAP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr,
+    K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`: the online softmax of flash attention, base 2."""
     PACKED: tl.constexpr = K_BITS != 16
     slots = tl.arange(0, BLOCK_N)
+    known, scale_at, page = start + slots < filled, start + slots, 0
+    if PAGE > 0:
+        wanted = start + slots // TOGETHER * TOGETHER < filled
+        page, slot = find_tokens(table_ptr, table_stride, start + slots, wanted, PAGE)
+        page = tl.max_constancy(page, TOGETHER)  # for loads of values that are as wide as a group
+        known, scale_at = known & (page >= 0), page * scale_stride_b + slot
     scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     for first in range(0, K_DIM, BLOCK_D):
         if K_DIM > BLOCK_D:
             q = load_query(q_ptr, q_stride_d, valid, first, inv_peak, OPERAND, K_DIM, BLOCK_D)
         k = load_rows(
-            k_ptr, k_stride_n, slots, start, filled, first, K_BITS, K_LO, K_HI, OPERAND, K_DIM, 1,
-            BLOCK_D,
+            k_ptr, k_stride_b, k_stride_n, slots, start, filled, page, first, K_BITS, K_LO, K_HI, OPERAND,
+            K_DIM, 1, PAGE, BLOCK_D,
         )  # [BLOCK_N, BLOCK_D] # fmt: skip
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
     if PACKED:
-        known = start + slots < filled
-        k_scale = tl.load(k_scale_ptr + start + slots, mask=known, other=0.0).to(tl.float32)
+        k_scale = tl.load(k_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
         scores *= (k_scale * FP16_UNIT)[None, :]
-    scores = tl.where(visible, scores * q_scale[:, None] + bias, float("-inf"))
+    scores *= q_scale[:, None]
+    if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
+        scores = squash(scores + mean_score[:, None], SOFTCAP)
+    if PAGE > 0:  # a token without a page was dropped: a query that sees it gives NaN
+        scores = tl.where((page < 0)[None, :], float("nan"), scores)
+    scores = tl.where(visible, scores + bias, float("-inf"))
 
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
     origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -145,11 +100,11 @@ def attend_tile(
     total = total * decay + tl.sum(weights, axis=1)
     acc = acc * decay[:, None]
     v = load_rows(
-        v_ptr, v_stride_n, slots, start, filled, dv_start, V_BITS, V_LO, V_HI, OPERAND, V_DIM, GROUP,
-        BLOCK_DV,
+        v_ptr, v_stride_b, v_stride_n, slots, start, filled, page, dv_start, V_BITS, V_LO, V_HI, OPERAND,
+        V_DIM, GROUP, PAGE, BLOCK_DV,
     )  # [BLOCK_N, BLOCK_DV] # fmt: skip
     if PACKED:
-        v_scale = tl.load(v_scale_ptr + start + slots, mask=known, other=0.0).to(tl.float32)
+        v_scale = tl.load(v_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
         largest = tl.maximum(tl.max(v_scale, axis=0), TINY)
         weights *= (v_scale / largest)[None, :]
         acc += tl.dot(weights.to(OPERAND), v, input_precision="ieee") * (largest * FP16_UNIT)
@@ -160,17 +115,18 @@ def attend_tile(
 
 @triton.jit
 def decode_split_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
-    partial_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h,
-    k_stride_n, v_stride_b, v_stride_h, v_stride_n, scale_stride_b, scale_stride_h, lens_stride,
-    from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
-    mask_stride_n, q_len, max_len, splits, scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr,
-    OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, V_GROUP: tl.constexpr,
-    HEADS: tl.constexpr, HAS_LENS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DIRECT: tl.constexpr,
-    PDL: tl.constexpr,
+    q_ptr, mean_score_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, seq_lens_ptr, exact_from_ptr,
+    bounds_ptr, mask_ptr, table_ptr, partial_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, scale_stride_b,
+    scale_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b,
+    mask_stride_h, mask_stride_t, mask_stride_n, table_stride_b, table_stride_n, q_len, max_len, splits,
+    scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
+    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr,
+    MASK: tl.constexpr, HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DIRECT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -237,10 +193,15 @@ def decode_split_kernel(
     mask_ptr += batch * mask_stride_b
     if MASK != KEY_MASK:
         mask_ptr += head * mask_stride_h + token.to(tl.int64) * mask_stride_t
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
-    k_scale_ptr += batch * scale_stride_b + kv_head * scale_stride_h
-    v_scale_ptr += batch * scale_stride_b + kv_head * scale_stride_h
+    if PAGE > 0:
+        table_ptr += batch * table_stride_b
+        first_page = batch * 0
+    else:
+        first_page = batch
+    k_ptr += first_page * k_stride_b + kv_head * k_stride_h
+    v_ptr += first_page * v_stride_b + kv_head * v_stride_h
+    k_scale_ptr += first_page * scale_stride_b + kv_head * scale_stride_h
+    v_scale_ptr += first_page * scale_stride_b + kv_head * scale_stride_h
 
     q_peak = tl.full([BLOCK_M], 1.0, tl.float32)
     if K_BITS != 16 and tl.float16 == OPERAND:
@@ -251,6 +212,10 @@ def decode_split_kernel(
     inv_peak = 1.0 / q_peak
     q = load_query(q_ptr, q_stride_d, valid, 0, inv_peak, OPERAND, K_DIM, BLOCK_D)
     q_scale = q_peak * (scale * LOG2_E)
+    mean_score = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_MEAN:
+        q_row = (batch * tl.num_programs(1) * HEADS + head) * q_len + token
+        mean_score = tl.load(mean_score_ptr + q_row, mask=valid, other=0.0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -260,9 +225,10 @@ def decode_split_kernel(
         visible = (slots[None, :] >= low[:, None]) & (slots[None, :] < high[:, None])
         if MASK == NO_MASK:
             acc, total, peak = attend_tile(
-                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr, k_stride_n,
-                v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible, 0.0, K_BITS, V_BITS,
-                K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N, BLOCK_D, BLOCK_DV,
+                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
+                table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr,
+                v_scale_ptr, scale_stride_b, start, filled, dv_start, visible, 0.0, SOFTCAP, K_BITS, V_BITS,
+                K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         else:
             if MASK == KEY_MASK:
@@ -281,10 +247,11 @@ def decode_split_kernel(
                     visible = visible & let_through
             if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
                 acc, total, peak = attend_tile(
-                    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, k_ptr, v_ptr,
-                    k_stride_n, v_stride_n, k_scale_ptr, v_scale_ptr, start, filled, dv_start, visible,
-                    bias, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, BLOCK_N,
-                    BLOCK_D, BLOCK_DV,
+                    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
+                    table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
+                    k_scale_ptr, v_scale_ptr, scale_stride_b, start, filled, dv_start, visible, bias,
+                    SOFTCAP, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE,
+                    BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
     if PDL:
@@ -302,20 +269,6 @@ def whole_waves(groups: int, tiles: int, slots: int) -> int:
     return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """`x @ rotation` for x `[B, H, q, D]`, in float32."""
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty((batch, heads, tokens, dim), dtype=torch.float32, device=x.device)
-    rows = batch * heads * tokens
-    block_m, block_d = 16, 32  # small blocks: few rows, many programs
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))
-    rotate_kernel[grid](
-        x, rotation, out, *x.stride(), rows, heads, tokens, DIM=dim, BLOCK_M=block_m,
-        BLOCK_D=block_d, BLOCK_K=32, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
 def decode(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -329,6 +282,9 @@ def decode(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`.
 
@@ -338,27 +294,29 @@ def decode(
     if out.numel() == 0:
         return out
     bounds = expand_bounds(bounds, q)
-    if takes(q, fmt, cache.shape[1], attn_mask, bounds):
+    page = tokens_of_page(cache, fmt, block_table)
+    if takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
         with torch.cuda.device_of(q):
-            queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
+            k_mean = None if softcap is None else beside.k_mean
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
             attend_by_warps(
                 out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-                beside,
+                beside, softcap, block_table, lse,
             )  # fmt: skip
         return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
-    visible = (attn_mask, bounds, sinks, max_len, scale)
+    visible = (block_table, page, attn_mask, bounds, sinks, max_len, scale, softcap, lse)
     with torch.cuda.device_of(q):
         if fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
-            _launch(out, q, q, k, v, fmt, None, seq_lens, None, *visible, NOTHING)
+            _launch(out, q, q, None, k, v, fmt, None, seq_lens, None, *visible, NOTHING)
         else:
             k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
             scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
-            rotated = rotate(q, k_rotation)
-            _launch(out, q, rotated, k, v, fmt, scales, seq_lens, v_rotation, *visible, beside)
+            rotated = rotate(q, k_rotation, scale, None if softcap is None else beside.k_mean)
+            _launch(out, q, *rotated, k, v, fmt, scales, seq_lens, v_rotation, *visible, beside)
     return out
 
 
@@ -370,6 +328,8 @@ def attend(
     bounds: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q `[B, H, q, D]` over k, v `[B, Hkv, L, D]` -> `[B, H, q, Dv]`.
 
@@ -379,19 +339,24 @@ def attend(
     bounds = expand_bounds(bounds, q)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
-        visible = (attn_mask, bounds, sinks, k.shape[2], scale)
-        _launch(out, q, q, k, v, None, None, None, None, *visible, NOTHING)
+        visible = (None, 0, attn_mask, bounds, sinks, k.shape[2], scale, softcap, lse)
+        _launch(out, q, q, None, k, v, None, None, None, None, *visible, NOTHING)
     return out
 
 
 def _launch(
     out: torch.Tensor,
-    raw_q: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fmt: KVFormat | None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None, seq_lens: torch.Tensor | None,
-    v_rotation: torch.Tensor | None, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
-    sinks: torch.Tensor | None, max_len: int, scale: float, beside: Beside,
+    raw_q: torch.Tensor, q: torch.Tensor, mean_scores: torch.Tensor | None, k: torch.Tensor,
+    v: torch.Tensor, fmt: KVFormat | None, scales: tuple[torch.Tensor, torch.Tensor] | None,
+    seq_lens: torch.Tensor | None, v_rotation: torch.Tensor | None,
+    block_table: torch.Tensor | None, page: int, attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
+    softcap: float | None, lse: torch.Tensor | None, beside: Beside,
 ) -> None:  # fmt: skip
-    """Fill `out` `[B, H, q, Dv]`; q is `raw_q` rotated and `scales` given if k and v are packed."""
+    """Fill `out` `[B, H, q, Dv]`, and `lse` if given.
+
+    If k and v are packed, q and `mean_scores` are `rotate`'s of `raw_q` and `scales` are given.
+    """
     batch, heads, q_len, dim = q.shape
     dv, kv_heads = out.shape[3], k.shape[1]
     if out.numel() == 0:
@@ -418,7 +383,7 @@ def _launch(
         splits = whole_waves(groups, tiles, FIT_16_BIT * sm_count(q.device))
 
     # Many rows need no splits, and their partials are more bytes than keys and values.
-    direct = splits == 1 and seq_lens is None and sinks is None
+    direct = splits == 1 and seq_lens is None and sinks is None and lse is None
     partial = logs = out
     if not direct:
         partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
@@ -431,17 +396,20 @@ def _launch(
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
     exact_from = beside.exact_from
     from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
+    table = table_arguments(block_table, q)
     bounds_strides = (0, 0) if bounds is None else bounds.stride()[:2]
     decode_split_kernel[(programs * splits, kv_heads, batch)](
-        q, k, v, k_scales, v_scales, q if seq_lens is None else seq_lens,
-        q if exact_from is None else exact_from, q if bounds is None else bounds, mask, partial, logs,
-        *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2], lens_stride, from_stride,
-        *bounds_strides, *mask_strides, q_len, max_len, splits, scale,
-        K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
+        q, q if mean_scores is None else mean_scores, k, v, k_scales, v_scales,
+        q if seq_lens is None else seq_lens,
+        q if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
+        partial, logs, *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2],
+        lens_stride, from_stride, *bounds_strides, *mask_strides, *table[1:], q_len, max_len, splits,
+        scale, K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
+        HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, PAGE=page, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
         **early_launch(q.device),
@@ -450,5 +418,5 @@ def _launch(
         return
     reduce_splits(
         out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        beside,
+        beside, softcap, lse,
     )  # fmt: skip

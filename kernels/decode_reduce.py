@@ -1,6 +1,7 @@
 """The last step of split-KV decoding: add up the partial outputs of a query row, and what they leave out.
 
-Partials are of packed tokens, in the rotated space of the values, their scores less `q . mean`. Left out
+Partials are of packed tokens, in the rotated space of the values, their scores less `q . mean` unless a
+softcap needed it before. Left out
 are exact tokens (`beside` says which), a sink of the head, and visible slots past the length, whose keys
 and values are zeros. A program takes one query row.
 
@@ -15,11 +16,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import NOTHING, Beside
 from .bits import early_launch, hadamard, nan_if_overfull
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)
 # What is left to do of the rotation back.
 NONE, HADAMARD, MATRIX, SIGNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 NO_MASK, BOOL_MASK, FLOAT_MASK, KEY_MASK = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def squash(scores, SOFTCAP: tl.constexpr):
+    """Scores in base 2 after a softcap of natural ones, `SOFTCAP * tanh(s / SOFTCAP)`; 0: none."""
+    if SOFTCAP == 0:
+        return scores
+    else:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFTCAP)))
+        return tanh * (SOFTCAP * LOG2_E)
 
 
 @triton.jit
@@ -107,14 +118,15 @@ def load_exact(ptr, slot, exists, dims, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def decode_reduce_kernel(
-    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, q_ptr, mean_ptr, exact_ptr,
-    exact_from_ptr, bounds_ptr, mask_ptr, lens_stride, from_stride, q_stride_b, q_stride_h, q_stride_t,
-    q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
-    mask_stride_n, heads, splits, q_len, max_len, scale, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MEAN: tl.constexpr,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
+    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lse_ptr, q_ptr, mean_ptr,
+    exact_ptr, exact_from_ptr, bounds_ptr, mask_ptr, lens_stride, from_stride, q_stride_b, q_stride_h,
+    q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h,
+    mask_stride_t, mask_stride_n, heads, splits, q_len, max_len, scale, ROTATION: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    RECENT: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = SINKS + RECENT
     WIDTH: tl.constexpr = K_DIM + V_DIM
@@ -183,7 +195,7 @@ def decode_reduce_kernel(
     extra = tl.zeros([BLOCK_D], tl.float32)  # in the space of the values as they came
     if EXACT > 0:
         for start in range(0, EXACT, BLOCK_E):
-            scores = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
+            scores = squash(tl.sum(k.to(tl.float32) * q[None, :], axis=1), SOFTCAP)
             if MASK != NO_MASK:
                 ptrs = mask_ptr + position.to(tl.int64) * mask_stride_n
                 visible, bias = load_mask(ptrs, exists, MASK)
@@ -199,6 +211,9 @@ def decode_reduce_kernel(
                 position, slot, exists = locate_exact(i, first_recent, filled, low, high, SINKS, RECENT)
                 k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
                 v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
+    if HAS_LSE:
+        lse = (peak + tl.log2(total)) * LN_2 + missing
+        tl.store(lse_ptr + batch_head * q_len + token, lse, mask=tl.program_id(1) == 0)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     out = out * share + missing
     extra *= share
@@ -245,12 +260,15 @@ def reduce_splits(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
     transformed: bool = False,
 ) -> None:
-    """Fill `out` `[B, H, q, Dv]` from partials `[B, Hkv, row, split, Dv]`; rows are token-major.
+    """Fill `out` `[B, H, q, Dv]`, and `lse` `[B, H, q]` if given, from partials `[B, Hkv, row, split, Dv]`.
 
-    The partials are rotated if there is a rotation, or `transformed`: of the rotation the signs are left.
-    `q` `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the batch.
+    Rows are token-major. The partials are rotated if there is a rotation, or `transformed`: of the rotation
+    the signs are left. With a softcap their scores are whole: the mean is in them. `q` `[B, H, q, D]` as it
+    came, not rotated; `bounds` has a row for each row of the batch.
     """
     batch, heads, q_len, dv = out.shape
     dim, splits = q.shape[3], partial.shape[3]
@@ -271,13 +289,15 @@ def reduce_splits(
     slots = triton.next_power_of_2(0 if exact is None else exact.shape[2])
     decode_reduce_kernel[(batch * heads * q_len, triton.cdiv(dv, block_d))](
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks.contiguous(),
-        out if v_rotation is None else v_rotation, out, q, out if k_mean is None else k_mean,
-        out if exact is None else exact, out if exact_from is None else exact_from,
-        out if bounds is None else bounds, mask, lens_stride, from_stride, *q.stride(),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, heads, splits, q_len, max_len,
-        scale, ROTATION=rotation.value, HAS_LENS=seq_lens is not None, HAS_BOUNDS=bounds is not None,
-        MASK=mask_kind, HAS_SINKS=sinks is not None, HAS_MEAN=k_mean is not None, SINKS=sink_tokens,
-        RECENT=beside.recent_tokens, K_DIM=dim, V_DIM=dv, HEADS=group,
+        out if v_rotation is None else v_rotation, out, out if lse is None else lse, q,
+        out if k_mean is None else k_mean, out if exact is None else exact,
+        out if exact_from is None else exact_from, out if bounds is None else bounds, mask, lens_stride,
+        from_stride, *q.stride(), *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides,
+        heads, splits, q_len, max_len, scale, ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
+        HAS_BOUNDS=bounds is not None, MASK=mask_kind, HAS_SINKS=sinks is not None,
+        HAS_MEAN=k_mean is not None and softcap is None, HAS_LSE=lse is not None,
+        SOFTCAP=softcap or 0.0, SINKS=sink_tokens, RECENT=beside.recent_tokens, K_DIM=dim, V_DIM=dv,
+        HEADS=group,
         # 64 values a thread
         BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),
         BLOCK_E=max(1, min(slots, 1024 * num_warps // max(block_k, block_d))),

@@ -28,15 +28,28 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, unpack_asm
-from .decode_reduce import KEY_MASK, expand_bounds, has_whole, is_key_mask, mask_arguments, reduce_splits
+from .decode_query import Queries
+from .decode_reduce import (
+    KEY_MASK,
+    LOG2_E,
+    expand_bounds,
+    has_whole,
+    is_key_mask,
+    mask_arguments,
+    reduce_splits,
+)
+from .pages import table_arguments, tokens_of_page
+from .warp_hadamard import hadamard
 from .warp_tiles import (
     copy_keys,
     copy_values,
+    find_page,
     key_byte,
     key_words,
     operands,
     place_byte,
     read_scales,
+    tile_pointers,
     value_layout,
     words_of_row,
     written_bytes,
@@ -60,61 +73,24 @@ WAIT = gl.constexpr("griddepcontrol.wait; // $0")
 LAUNCH_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
 
-def hadamard_asm() -> str:
-    """PTX: the Hadamard transform of each column of sums [16, 8], of which a lane has 4.
-
-    Lane 4r + c has rows r and r + 8 of two columns, so a step pairs registers or lanes 4, 8, 16 apart.
-    """
-    lines = [
-        ".reg .f32 x0, x1, x2, x3, y, s; .reg .b32 t; .reg .pred p;",
-        "add.f32 x0, $4, $6; add.f32 x1, $5, $7; sub.f32 x2, $4, $6; sub.f32 x3, $5, $7;",
-    ]
-    for step in (4, 8, 16):
-        lines.append(f"mov.u32 t, %laneid; and.b32 t, t, {step};")
-        lines.append("setp.eq.u32 p, t, 0; selp.f32 s, 1.0, -1.0, p;")
-        for i in range(4):
-            lines.append(f"shfl.sync.bfly.b32 y, x{i}, {step}, 31, -1; fma.rn.f32 x{i}, x{i}, s, y;")
-    lines += [f"mov.f32 ${i}, x{i};" for i in range(4)]
-    return "{" + "\n".join(lines) + "}"
-
-
-HADAMARD_16 = gl.constexpr(hadamard_asm())
-
-
-@gluon.jit
-def hadamard(tiles, COUNT: gl.constexpr):
-    """The Hadamard transform over the 16 * COUNT dims of sums, COUNT tiles [16, N] in any order of bits."""
-    x = ()
-    for i in gl.static_range(COUNT):
-        y = gl.inline_asm_elementwise(HADAMARD_16, "=f,=f,=f,=f,f,f,f,f", [tiles[i]], gl.float32, True, 4)
-        x += (y,)
-    for bit in gl.static_range(4):
-        if 1 << bit < COUNT:
-            y = ()
-            for i in gl.static_range(COUNT):
-                if i >> bit & 1:
-                    y += (x[i - (1 << bit)] - x[i],)
-                else:
-                    y += (x[i] + x[i + (1 << bit)],)
-            x = y
-    return x
-
-
 @gluon.jit
 def attend_tile(
-    acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, mask, start, end,
-    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_ASM: gl.constexpr, V_ASM: gl.constexpr,
-    K_ROW: gl.constexpr, V_ROW: gl.constexpr, K_PLANE: gl.constexpr, V_DIM: gl.constexpr,
-    HAS_MASK: gl.constexpr, MMA: gl.constexpr,
+    acc, total, peak, largest, q, q_scale, mean_score, tables, shared, ptrs, left, sees, mask, has_page,
+    start, end,
+    PAGE: gl.constexpr, SOFTCAP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
+    K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
+    K_PLANE: gl.constexpr, V_DIM: gl.constexpr, HAS_MASK: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """One tile of slots from `start`, online softmax in base 2; `ptrs` are those of the next tile."""
+    """One tile of slots from `start`, online softmax in base 2; `ptrs` and `left` are of the next tile.
+
+    If it has no page, a query that sees a token of it gives NaN.
+    """
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     TOKENS: gl.constexpr = gl.SliceLayout(1, MMA)
     V_CODES: gl.constexpr = codes_per_byte(V_BITS)
     V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
-    next_start = start + TILE
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
@@ -125,11 +101,18 @@ def attend_tile(
             x = mma_v2(k[t], q[t], x)
         s += (x,)
     k_scale, v_scale = read_scales(shared[2], TOKENS), read_scales(shared[3], TOKENS)
-    copy_keys(shared, ptrs, end - next_start, K_ROW, K_PLANE)
+    copy_keys(shared, ptrs, left, K_ROW, K_PLANE)
     s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
     s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
+    if SOFTCAP != 0:  # of the whole score in base 2: from here on the factor is one
+        s = s * q_scale[None, :] + mean_score[None, :]
+        s = (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / SOFTCAP)))) * (SOFTCAP * LOG2_E)
+        q_scale = gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
 
     low, high, filled, whole_from, whole_to = sees
+    if PAGE > 0:
+        s += gl.where(has_page, 0.0, float("nan"))
+        filled, whole_to = gl.where(has_page, filled, start), gl.where(has_page, whole_to, start)
     if (start < whole_from) | (start + TILE > whole_to):
         here = start + place_byte(gl.arange(0, TILE, layout=TOKENS), 16)
         inside = (here[:, None] >= low[None, :]) & (here[:, None] < high[None, :])
@@ -170,32 +153,21 @@ def attend_tile(
         v = operands(words, signs if V_BITS == 3 else words, tables[1], V_ASM, V_BITS, FIRST)
         for t in gl.static_range(V_CODES):
             new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
-    copy_values(shared[1], ptrs[1], end - next_start, V_ROW)
+    copy_values(shared[1], ptrs[1], left, V_ROW)
     return new_acc, total, peak, largest
 
 
 @gluon.jit
-def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr):
-    """Where the keys, the values and their scales of the slots from `start` lie in a page."""
-    start = start.to(gl.int64)
-    return (
-        page.to(gl.pointer_type(gl.int32)) + start * (K_ROW // 4),
-        (page + offsets[0]).to(gl.pointer_type(gl.int32)) + start * (V_ROW // 4),
-        (page + offsets[1]).to(gl.pointer_type(gl.bfloat16)) + start,
-        (page + offsets[2]).to(gl.pointer_type(gl.bfloat16)) + start,
-    )
-
-
-@gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr, partial_ptr,
-    log_ptr, cache_stride_b, cache_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
-    mask_stride_b, mask_stride_n,
-    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits,
-    K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr,
-    K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    HAS_MASK: gl.constexpr, N: gl.constexpr, SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
+    q_ptr, q_scale_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
+    table_ptr, partial_ptr, log_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
+    lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n,
+    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits, K_BITS: gl.constexpr,
+    V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr, K_ASM: gl.constexpr,
+    V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
+    SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_MASK: gl.constexpr,
+    HAS_MEAN: gl.constexpr, SOFTCAP: gl.constexpr, PAGE: gl.constexpr, N: gl.constexpr,
+    SCALE_BUFFERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     K_ROW: gl.constexpr = K_DIM * K_BITS // 8  # bytes
     V_ROW: gl.constexpr = V_DIM * V_BITS // 8
@@ -229,7 +201,8 @@ def warp_split_kernel(
     filled = gl.minimum(seq_len, max_len).to(gl.int32)
     high = gl.minimum(high, filled)
     seen = valid & (low < high)
-    begin = gl.min(gl.where(seen, low, max_len), axis=0) // 16 * 16
+    WHOLE: gl.constexpr = TILE if PAGE > 0 else 16  # a tile is in one page
+    begin = gl.min(gl.where(seen, low, max_len), axis=0) // WHOLE * WHOLE
     end = gl.max(gl.where(seen, high, 0), axis=0)
     share = gl.cdiv(gl.cdiv(end - begin, TILE), splits) * TILE
     first = begin + split * share
@@ -244,9 +217,16 @@ def warp_split_kernel(
         gl.store(log_ptr + part, gl.full([N], float("-inf"), gl.float32, COLUMNS), mask=valid)
         return
 
-    page = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
     offsets = (v_rows_offset, k_scales_offset, v_scales_offset)
-    ptrs = tile_pointers(page, offsets, first, K_ROW, V_ROW)
+    cache_ptr += kv_head * cache_stride_h
+    if PAGE > 0:
+        table_ptr += batch * table_stride_b
+        table = (table_ptr, table_stride_n, cache_ptr, cache_stride_b)
+        page, slot, left, has_page = find_page(table, first, end, PAGE)
+        ptrs = tile_pointers(page, offsets, slot, K_ROW, V_ROW)
+    else:
+        page, left, has_page = cache_ptr + batch * cache_stride_b, end - first, True
+        ptrs = tile_pointers(page, offsets, first, K_ROW, V_ROW)
     keys = gl.allocate_shared_memory(gl.int32, [4, 4 * K_PLANE // K_WORDS, K_WORDS], SWIZZLED)
     signs = gl.allocate_shared_memory(gl.int32, [1, 1, 1], SWIZZLED)
     if K_BITS == 3:
@@ -256,8 +236,8 @@ def warp_split_kernel(
     k_scales = gl.allocate_shared_memory(gl.bfloat16, [SCALE_BUFFERS, 4, 8, 2], PLAIN).index(0)
     v_scales = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
     shared = (keys, values, k_scales, v_scales, signs)
-    copy_keys(shared, ptrs, end - first, K_ROW, K_PLANE)
-    copy_values(values, ptrs[1], end - first, V_ROW)
+    copy_keys(shared, ptrs, left, K_ROW, K_PLANE)
+    copy_values(values, ptrs[1], left, V_ROW)
     if PDL:
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
 
@@ -279,6 +259,9 @@ def warp_split_kernel(
     for t in gl.static_range(codes_per_byte(K_BITS)):
         q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
+    mean_score = gl.zeros([N], gl.float32, COLUMNS)
+    if HAS_MEAN:
+        mean_score = gl.load(mean_score_ptr + group * rows + row, mask=valid, other=0.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
     if V_LO != K_LO:
@@ -293,16 +276,24 @@ def warp_split_kernel(
     peak = gl.full([N], float("-inf"), gl.float32, COLUMNS)
     largest = TINY  # value scale so far
     for start in range(first, end, TILE):
-        ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
+        here_has_page, left = has_page, end - start - TILE
+        if PAGE > 0:
+            page, slot, left, has_page = find_page(table, start + TILE, end, PAGE)
+            ptrs = tile_pointers(page, offsets, slot, K_ROW, V_ROW)
+        else:
+            ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
         acc, total, peak, largest = attend_tile(
-            acc, total, peak, largest, q, q_scale, tables, shared, ptrs, sees, mask, start, end,
-            K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE, V_DIM, HAS_MASK, MMA,
+            acc, total, peak, largest, q, q_scale, mean_score, tables, shared, ptrs, left, sees, mask,
+            here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
+            V_DIM, HAS_MASK, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
     if PDL:
         gl.inline_asm_elementwise(LAUNCH_NEXT, "=r", [], gl.int32, False, 1)
 
-    gl.store(log_ptr + part, peak * q_scale + gl.log2(total) - WEIGHT_BITS, mask=valid)
+    if SOFTCAP == 0:
+        peak *= q_scale
+    gl.store(log_ptr + part, peak + gl.log2(total) - WEIGHT_BITS, mask=valid)
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
     value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
     out_ptr = partial_ptr + part[None, :] * V_DIM + value
@@ -327,10 +318,15 @@ def takes(
     kv_heads: int,
     attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
+    page: int,
 ) -> bool:
-    """Whether this kernel attends for q `[B, H, q, D]`: without a mask, or with one over keys."""
+    """Whether this kernel attends for q `[B, H, q, D]`: without a mask, or with one over keys.
+
+    Over pages of `page` tokens; 0: no pages.
+    """
     return (
         (attn_mask is None or (has_whole(bounds, KEY_MASK.value) and is_key_mask(attn_mask)))
+        and page % TILE.value == 0
         and not fmt.is_lossless
         and {fmt.head_dim, fmt.v_head_dim} <= {64, 128, 256}
         # Of these the signs are half a piece.
@@ -361,8 +357,7 @@ def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
 
 
 def warp_split(
-    queries: torch.Tensor,
-    factors: torch.Tensor,
+    queries: Queries,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     attn_mask: torch.Tensor | None,
@@ -372,18 +367,20 @@ def warp_split(
     max_len: int,
     sms: int,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial outputs [B, Hkv, row, split, Dv], Hadamard-transformed, and logarithms of their weights.
 
-    `queries` and `factors` are `rotate_queries`'s, the others `reference.decode`'s; `sms` multiprocessors
-    share the work.
+    The arguments are `reference.decode`'s; `sms` multiprocessors share the work.
     """
-    batch, kv_heads, rows, dim = queries.shape
+    q, factors, mean_scores = queries
+    batch, kv_heads, rows, dim = q.shape
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
     shared = TILE.value * fmt.slot_bytes
-    available = shared_bytes(queries.device)
+    available = shared_bytes(q.device)
     warps = min(WARPS, available // (shared + 1024))
     groups = batch * kv_heads * blocks
     splits = best_splits(
@@ -392,23 +389,25 @@ def warp_split(
     # As much shared memory as leaves room for no more programs on a multiprocessor than its share: started
     # early, they fill some before they go to others.
     spare = available // min(warps, triton.cdiv(groups * splits, sms)) - 1024 - shared
-    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=queries.device)
-    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=queries.device)
+    partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
-    exact_from = beside.exact_from
-    _, mask, (mask_stride_b, _, _, mask_stride_n) = mask_arguments(attn_mask, queries, max_len)
+    exact_from, table = beside.exact_from, table_arguments(block_table, seq_lens)
+    _, mask, (mask_stride_b, _, _, mask_stride_n) = mask_arguments(attn_mask, q, max_len)
     warp_split_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, cache, seq_lens, seq_lens if exact_from is None else exact_from,
-        queries if bounds is None else bounds, mask, partial, logs, *cache.stride()[:2],
-        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
+        q, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
+        seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
+        partial, logs, *table[1:], *cache.stride()[:2], seq_lens.expand(batch).stride(0),
+        0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), mask_stride_b, mask_stride_n, *offsets, rows,
         q_len, max_len, splits,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, N=columns,
+        HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, HAS_MEAN=mean_scores is not None,
+        SOFTCAP=softcap or 0.0, PAGE=tokens_of_page(cache, fmt, block_table), N=columns,
         SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=65536 // 32 // WARPS - 1,
-        **early_launch(queries.device),
+        **early_launch(q.device),
     )  # fmt: skip
     return partial, logs
 
@@ -416,7 +415,7 @@ def warp_split(
 def attend_by_warps(
     out: torch.Tensor,
     q: torch.Tensor,
-    queries: tuple[torch.Tensor, torch.Tensor],
+    queries: Queries,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     v_rotation: torch.Tensor,
@@ -427,14 +426,18 @@ def attend_by_warps(
     max_len: int,
     scale: float,
     beside: Beside,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out` `[B, H, q, Dv]`; `queries` are `rotate_queries`'s of q `[B, H, q, D]`."""
+    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated."""
     _, heads, q_len, _ = out.shape
     bounds = expand_bounds(bounds, q)
     partial, logs = warp_split(
-        *queries, cache, seq_lens, attn_mask, bounds, q_len, fmt, max_len, sm_count(out.device), beside
-    )
+        queries, cache, seq_lens, attn_mask, bounds, q_len, fmt, max_len, sm_count(out.device), beside,
+        softcap, block_table,
+    )  # fmt: skip
     reduce_splits(
         out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // cache.shape[1],
-        max_len, scale, beside, transformed=True,
+        max_len, scale, beside, softcap, lse, transformed=True,
     )  # fmt: skip

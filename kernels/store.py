@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, encode, hadamard, quantiser
+from .pages import table_arguments, tokens_of_page
 from .slots import locate_exact, locate_vectors
 from .store_prompt import store_prompt, takes
 
@@ -134,17 +135,18 @@ def store_vectors(
 @triton.jit
 def store_kernel(
     cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
-    exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride,
-    v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
+    exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
+    k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    batch, head, token, position, page, exists, valid = locate_vectors(
-        seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
-        BLOCK,
+    batch, head, token, position, page, slot, exists, inside, valid = locate_vectors(
+        seq_lens_ptr, lens_stride, table_ptr, table_stride_b, table_stride_n, cache_stride_b,
+        cache_stride_h, vectors, kv_heads, new, capacity, PAGE, BLOCK,
     )  # fmt: skip
     page_ptr = cache_ptr + page
     row = batch * kv_heads + head
@@ -152,22 +154,22 @@ def store_kernel(
     if HAS_EXACT:
         exact_ptr, kept = locate_exact(
             exact_ptr, exact_from_ptr, from_stride, row, batch, position, position - token + new, new,
-            exists, valid, SINKS, RECENT, K_DIM + V_DIM,
+            exists, inside, SINKS, RECENT, K_DIM + V_DIM,
         )  # fmt: skip
     if tl.program_id(1) == 0:
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
-        row_ptr = page_ptr + position * (K_DIM * K_BITS // 8)
-        scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
+        row_ptr = page_ptr + slot * (K_DIM * K_BITS // 8)
+        scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
         store_vectors(
             x_ptr, k_stride_d, k_rotation_ptr, mean_ptr + row * K_DIM, row_ptr, scale_ptr, exact_ptr,
             exists, valid, kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
-        row_ptr = page_ptr + v_rows_offset + position // GROUP * GROUP * (V_DIM * V_BITS // 8)
-        scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + position
+        row_ptr = page_ptr + v_rows_offset + slot // GROUP * GROUP * (V_DIM * V_BITS // 8)
+        scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
         store_vectors(
-            x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + position % GROUP, scale_ptr,
+            x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
             exact_ptr + K_DIM, exists, valid, kept, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT, V_DIM,
             GROUP, BLOCK_K,
         )  # fmt: skip
@@ -184,28 +186,28 @@ def copy_vectors(x_ptr, stride_d, row_ptr, exists, valid, DIM: tl.constexpr):
 
 @triton.jit
 def store_lossless_kernel(
-    cache_ptr, k_ptr, v_ptr, seq_lens_ptr,
+    cache_ptr, k_ptr, v_ptr, seq_lens_ptr, table_ptr, table_stride_b, table_stride_n,
     cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
-    v_rows_offset, vectors, kv_heads, new, page_size,
-    ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    v_rows_offset, vectors, kv_heads, new, capacity,
+    ROW_DTYPE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    batch, head, token, position, page, exists, valid = locate_vectors(
-        seq_lens_ptr, lens_stride, cache_stride_b, cache_stride_h, vectors, kv_heads, new, page_size,
-        BLOCK,
+    batch, head, token, _, page, slot, exists, _, valid = locate_vectors(
+        seq_lens_ptr, lens_stride, table_ptr, table_stride_b, table_stride_n, cache_stride_b,
+        cache_stride_h, vectors, kv_heads, new, capacity, PAGE, BLOCK,
     )  # fmt: skip
     page_ptr = cache_ptr + page
     if tl.program_id(1) == 0:
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
-        row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + position * K_DIM
+        row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + slot * K_DIM
         copy_vectors(x_ptr, k_stride_d, row_ptr, exists, valid, K_DIM)
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
-        row_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(ROW_DTYPE)) + position * V_DIM
+        row_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(ROW_DTYPE)) + slot * V_DIM
         copy_vectors(x_ptr, v_stride_d, row_ptr, exists, valid, V_DIM)
 
 
@@ -218,6 +220,7 @@ def store(
     v_rotation: torch.Tensor,
     fmt: KVFormat,
     beside: Beside = NOTHING,
+    block_table: torch.Tensor | None = None,
 ) -> None:
     """Write new tokens as the last `q` of each row's `seq_lens` tokens, in place.
 
@@ -232,15 +235,19 @@ def store(
     with torch.cuda.device_of(cache):
         if fmt.is_lossless:
             store_lossless_kernel[(triton.cdiv(vectors, BLOCK_VECTORS), 2)](
-                cache, k, v, seq_lens, *cache.stride()[:2], *k.stride(), *v.stride(),
-                seq_lens.expand(batch).stride(0), v_rows.offset, vectors, kv_heads, new, page_size,
+                cache, k, v, seq_lens, *table_arguments(block_table, seq_lens), *cache.stride()[:2],
+                *k.stride(), *v.stride(), seq_lens.expand(batch).stride(0), v_rows.offset, vectors,
+                kv_heads, new, page_size * (1 if block_table is None else block_table.shape[1]),
                 ROW_DTYPE=tl.bfloat16 if fmt.dtype == torch.bfloat16 else tl.float16,
-                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, BLOCK=BLOCK_VECTORS, **early_launch(cache.device),
+                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, PAGE=tokens_of_page(cache, fmt, block_table),
+                BLOCK=BLOCK_VECTORS, **early_launch(cache.device),
             )  # fmt: skip
             return
         take_mean(k, seq_lens, beside)
-        arguments, constants = store_arguments(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
-        if takes(k, v, fmt, beside):
+        arguments, constants = store_arguments(
+            cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table
+        )
+        if takes(k, v, fmt, beside, block_table):
             store_prompt(arguments, constants, k, fmt)
             return
         wide = max(fmt.head_dim, fmt.v_head_dim) > 256
@@ -273,6 +280,7 @@ def store_arguments(
     v_rotation: torch.Tensor,
     fmt: KVFormat,
     beside: Beside,
+    block_table: torch.Tensor | None,
 ) -> tuple[tuple, dict]:
     """Arguments and constants of `store_kernel`; a program is a warp if it can be."""
     batch, kv_heads, new, _ = k.shape
@@ -283,10 +291,10 @@ def store_arguments(
     k_mean, exact, exact_from, sink_tokens = beside
     arguments = (
         cache, k, v, seq_lens, k_rotation, v_rotation, k if k_mean is None else k_mean,
-        k if exact is None else exact, seq_lens if exact_from is None else exact_from, *cache.stride()[:2],
-        *k.stride(), *v.stride(), lens_stride,
+        k if exact is None else exact, seq_lens if exact_from is None else exact_from,
+        *table_arguments(block_table, seq_lens), *cache.stride()[:2], *k.stride(), *v.stride(), lens_stride,
         0 if exact_from is None else exact_from.expand(batch).stride(0), *offsets, vectors, kv_heads, new,
-        page_size,
+        page_size * (1 if block_table is None else block_table.shape[1]),
     )  # fmt: skip
     k_magnitudes, k_unit = quantiser(fmt.k_bits)
     v_magnitudes, v_unit = quantiser(fmt.v_bits)
@@ -299,7 +307,8 @@ def store_arguments(
         RECENT=beside.recent_tokens,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
         V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
-        V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK=block,
+        V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, PAGE=tokens_of_page(cache, fmt, block_table),
+        BLOCK=block,
         BLOCK_K=16,  # with 1024 columns of float32, 64 KiB of shared memory
     )  # fmt: skip
     return arguments, constants

@@ -295,15 +295,16 @@ def store_side(
 @gluon.jit
 def prompt_kernel(
     cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
-    exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, from_stride,
-    v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size, blocks, run,
+    exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
+    k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
+    from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
+    blocks, run,
     HAS_MEAN: gl.constexpr, HAS_EXACT: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_UNIT: gl.constexpr, V_UNIT: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, K_STEPS: gl.constexpr, V_STEPS: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Grid (rows * `blocks`, 2): values, keys. The arguments are `store_kernel`'s.
+    """Grid (rows * `blocks`, 2): values, keys. The arguments are `store_kernel`'s, a block table unread.
 
     With PDL the mean may still be in the making, for which only keys wait.
     """
@@ -328,11 +329,17 @@ def prompt_kernel(
         )  # fmt: skip
 
 
-def takes(k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, beside: Beside) -> bool:
-    """Whether this kernel stores k `[B, Hkv, q, D]` and v."""
+def takes(
+    k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, beside: Beside, block_table: torch.Tensor | None
+) -> bool:
+    """Whether this kernel stores k `[B, Hkv, q, D]` and v.
+
+    Not by a block table: the place of a group is a product here, and the next is not known to be beside it.
+    """
     sides = ((k, fmt.k_bits), (v, fmt.v_bits))
     return (
         k.shape[2] >= LEAST_TOKENS
+        and block_table is None
         and all((x.shape[-1] == 128 and bits < 8) or (x.shape[-1], bits) == (64, 4) for x, bits in sides)
         and k.dtype == v.dtype
         and k.dtype in (torch.bfloat16, torch.float16)

@@ -179,3 +179,25 @@ def written_bytes(count):
     missing = gl.minimum(gl.maximum(4 - (count - run * 16 - word * 4), 0), 4)
     bits = gl.where(missing == 4, 0, -1).to(gl.uint32) >> (8 * (missing % 4)).to(gl.uint32)
     return bits.to(gl.int32)
+
+
+@gluon.jit
+def tile_pointers(page, offsets, start, K_ROW: gl.constexpr, V_ROW: gl.constexpr):
+    """Where the keys, the values and their scales of the slots from `start` lie in a page."""
+    start = start.to(gl.int64)
+    return (
+        page.to(gl.pointer_type(gl.int32)) + start * (K_ROW // 4),
+        (page + offsets[0]).to(gl.pointer_type(gl.int32)) + start * (V_ROW // 4),
+        (page + offsets[1]).to(gl.pointer_type(gl.bfloat16)) + start,
+        (page + offsets[2]).to(gl.pointer_type(gl.bfloat16)) + start,
+    )
+
+
+@gluon.jit
+def find_page(table, start, end, PAGE: gl.constexpr):
+    """Of the tile from `start`: where and from which slot to read how many tokens; and if it has a page."""
+    table_ptr, table_stride, cache_ptr, cache_stride = table
+    number = gl.load(table_ptr + start // PAGE * table_stride, mask=start < end, other=-1)
+    page = cache_ptr + number.to(gl.int64) * cache_stride
+    slot = start // 64 % (PAGE // 64) * 64  # so written that the alignment shows
+    return page, slot, gl.where(number < 0, 0, end - start), number >= 0

@@ -3,11 +3,12 @@
 A packed cache shows in a Dynamo graph as
 
     seq_length.add_(q)
-    tq_store(cache, k, v, seq_length, k_rotation, v_rotation, format, *beside)
-    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside)
+    tq_store(cache, k, v, seq_length, k_rotation, v_rotation, format, *beside, table)
+    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside, table)
     keys, values = both[0], both[1]
 
-`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache.
+`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache. All
+of it, and the block table, may be left out or given by name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .writes import Writes, storages
 OPS = torch.ops.tq_inductor
 COMPUTED_HERE = "computed here"
 COMPUTED_FROM_CACHE = "computed here from a cache of something else (latents)"
+BESIDE = ("k_mean", "exact", "exact_from", "sink_tokens")
 MAX_STEPS_TO_CACHE = 12
 
 
@@ -48,6 +50,7 @@ class PackedSource:
     max_len: fx.Node | int
     dtype: torch.dtype
     beside: tuple[Any, ...]
+    block_table: fx.Node | None
     store: fx.Node | None
     obstacles: tuple[str, ...]
 
@@ -55,6 +58,13 @@ class PackedSource:
 def calls_op(node: Any, op: Any) -> bool:
     """Whether `node` calls this op, as a packet (Dynamo's way) or as its default overload."""
     return isinstance(node, fx.Node) and node.target in (op, op.default)
+
+
+def arguments_of(node: fx.Node, op: Any) -> dict[str, Any]:
+    """All arguments of a node that calls `op`, by name, in the order of its schema."""
+    schema = op.default._schema.arguments
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
 
 
 def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) -> PackedSource | None:
@@ -68,10 +78,11 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     assert isinstance(dequantize, fx.Node)
     if (key.args[1], value.args[1]) != (0, 1):
         return None
-    cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype, *beside = dequantize.args
+    named = arguments_of(dequantize, OPS.tq_dequantize)
+    cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype, *beside, table = named.values()
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in writes.between(dequantize, attention, cache, seq_lens, *beside)
+        for node in writes.between(dequantize, attention, cache, seq_lens, *beside, table)
     ] + [
         f"{node.name} changes the keys or values that were read"
         for node in writes.between(dequantize, attention, key, value, sdpa.key, sdpa.value)
@@ -79,7 +90,7 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     store = _store_of(dequantize, attention, writes)
     return PackedSource(
         dequantize, cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype,  # type: ignore[arg-type]
-        tuple(beside), store, tuple(obstacles),
+        tuple(beside), table, store, tuple(obstacles),
     )  # fmt: skip
 
 
@@ -89,7 +100,9 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
     Taking it over moves the write down to the attention call: no other node in between may read the
     packed bytes, write the length, or change the new keys and values.
     """
-    cache, seq_lens, k_rotation, v_rotation, kv_format, _, _, *beside = dequantize.args
+    named = arguments_of(dequantize, OPS.tq_dequantize)
+    cache, seq_lens, *_ = named.values()
+    beside = [named[name] for name in BESIDE]
     store = dequantize.prev
     memory = storages(cache, *beside)
     while store.op != "placeholder" and store.op != "root":
@@ -100,10 +113,11 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
         store = store.prev
     if not calls_op(store, OPS.tq_store):
         return None
-    if store.args[3:] != (seq_lens, k_rotation, v_rotation, kv_format, *beside):
+    stored = arguments_of(store, OPS.tq_store)
+    if any(stored[name] != named[name] for name in stored if name in named):
         return None
     new_k, new_v = store.args[1:3]
-    if writes.between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]
+    if writes.between(store, attention, seq_lens, named["block_table"], new_k, new_v):  # type: ignore[arg-type]
         return None
     node = dequantize.next
     while node is not attention:

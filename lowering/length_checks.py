@@ -15,7 +15,7 @@ from torch import fx
 from ..format import KVFormat
 from ..storage import check_room, forget_length, note_length
 from .find_calls import value_of
-from .kv_source import OPS, calls_op
+from .kv_source import OPS, arguments_of, calls_op
 from .writes import Writes
 
 
@@ -41,7 +41,7 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
         if seq_lens not in inputs or value_of(seq_lens).dim() != 0:
             continue
         index = inputs.index(seq_lens)
-        append = appends.setdefault(index, _Append([], [_page_size(named)]))
+        append = appends.setdefault(index, _Append([], [_room(named)]))
         if "k" in named:
             append.new_tokens.append(value_of(named["k"]).shape[2])
         if "max_len" in named:
@@ -95,12 +95,13 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of one of our ops by name; empty for any other node."""
     for op in (OPS.tq_store, OPS.tq_append_attend, OPS.tq_decode, OPS.tq_dequantize):
         if calls_op(node, op):
-            names = [argument.name for argument in op.default._schema.arguments]
-            return dict(zip(names, node.args, strict=False))  # the last ones have defaults
+            return arguments_of(node, op)
     return {}
 
 
-def _page_size(named: dict[str, Any]) -> Any:
-    """Tokens in a page of the cache of these arguments."""
+def _room(named: dict[str, Any]) -> Any:
+    """Tokens that a row of the cache of these arguments has room for."""
     dims = (value_of(named[name]).shape[0] for name in ("k_rotation", "v_rotation"))
-    return KVFormat(named["kv_format"], *dims).page_size(value_of(named["cache"]).shape[-1])
+    page_size = KVFormat(named["kv_format"], *dims).page_size(value_of(named["cache"]).shape[-1])
+    table = value_of(named.get("block_table"))
+    return page_size if table is None else page_size * table.shape[1]

@@ -26,7 +26,7 @@ from .beyond_sdpa import find_calls_beyond_sdpa
 from .describe_call import Found, describe, has_four_dimensions
 from .find_calls import SDPANode, find_calls, value_of
 from .graph_writer import GraphWriter
-from .kv_source import OPS, calls_op, packed_source
+from .kv_source import OPS, PackedSource, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
 from .operations import same_sizes
 from .ragged_padding import RaggedPadding
@@ -111,7 +111,7 @@ class _Rewriter:
         sdpa = found.sdpa
         mask, bounds = self._visible(found)
         args = (sdpa.query, found.key, found.value, mask, bounds, sdpa.sinks, _scale_of(sdpa), backend)
-        self._replace(sdpa, OPS.attend.default, args)
+        self._replace(sdpa, OPS.attend.default, args, **_softcap_of(sdpa))
         _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))
 
     def _attend_dense(self, found: Found, call: AttentionCall, backend: AttentionBackend) -> None:
@@ -153,7 +153,7 @@ class _Rewriter:
             op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
         else:
             op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
-        self._replace(sdpa, op, (*args, *cache_args, *tail))
+        self._replace(sdpa, op, (*args, *cache_args, *tail), **_softcap_of(sdpa), **_pages_of(source))
         graph = source.dequantize.graph
         for node in (*chain, source.dequantize):
             if not node.users:
@@ -161,11 +161,11 @@ class _Rewriter:
         if store is not None:
             graph.erase_node(store)
 
-    def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...]) -> None:
+    def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...], **named: Any) -> None:
         """Put an op in the place of the call."""
         write = GraphWriter(sdpa.node.graph, sdpa.node)
         with sdpa.node.graph.inserting_before(sdpa.node):
-            result = write.call(op, *args)
+            result = write.call(op, *args, **named)
         self._replace_by(sdpa, result, write)
 
     def _replace_by(self, sdpa: SDPANode, result: fx.Node, write: GraphWriter) -> None:
@@ -224,6 +224,14 @@ def _in_layout_of(expected: torch.Tensor, result: fx.Node, write: GraphWriter) -
 
 def _scale_of(sdpa: SDPANode) -> float:
     return float(sdpa.scale) if sdpa.scale is not None else value_of(sdpa.query).shape[3] ** -0.5
+
+
+def _softcap_of(sdpa: SDPANode) -> dict[str, float]:
+    return {} if sdpa.softcap is None else {"softcap": sdpa.softcap}
+
+
+def _pages_of(source: PackedSource) -> dict[str, fx.Node]:
+    return {} if source.block_table is None else {"block_table": source.block_table}
 
 
 def _erase_unused(*nodes: fx.Node, until: tuple[fx.Node, ...]) -> None:

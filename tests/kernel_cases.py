@@ -27,6 +27,8 @@ class Case:
         and values over some orders of magnitude).
     exact: sink and recent tokens kept as they came; with any, keys have a mean too.
     crop: tokens that were appended after the others, and taken back.
+    page: tokens of a page, where there is a block table.
+    hole: which page of the first row is missing.
     """
 
     fmt: str = "k4v4"
@@ -44,6 +46,9 @@ class Case:
     keys: str = "random"
     exact: tuple[int, int] = (0, 0)
     crop: int = 0
+    softcap: float | None = None
+    page: int = 0
+    hole: int = -1
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -56,6 +61,9 @@ class Case:
             + (f"-{self.keys}" if self.keys != "random" else "")
             + (f"-exact{self.exact[0]}+{self.exact[1]}" if any(self.exact) else "")
             + (f"-crop{self.crop}" if self.crop else "")
+            + (f"-softcap{self.softcap}" if self.softcap else "")
+            + (f"-page{self.page}" if self.page else "")
+            + (f"-hole{self.hole}" if self.hole >= 0 else "")
         )
 
     @property
@@ -78,6 +86,9 @@ STORE_INTERPRETED = [
     Case("k8v8", 64, 112, q_len=3, lens=(150, 2), dtype=FP32),
     Case("k2v4", 64, kv_heads=1, q_len=1, lens=(129, 1), dtype=FP32),
     Case("bf16", 20, 12, q_len=5, lens=(9, 3), max_len=16, dtype=BF16),
+    Case("k4v3", 80, 64, q_len=40, lens=(53, 5), max_len=60, dtype=FP16, page=16, hole=2),
+    Case("k3v2", 16, q_len=20, lens=(50, 20), max_len=48, dtype=FP32, exact=(4, 8), page=48, hole=0),
+    Case("bf16", 20, 12, q_len=5, lens=(37, 3), max_len=40, dtype=BF16, page=32, hole=1),
 ]
 DEQUANTIZE_INTERPRETED = [
     Case("k4v3", 80, 64, lens=(33, 0), max_len=50, dtype=FP32),
@@ -88,6 +99,9 @@ DEQUANTIZE_INTERPRETED = [
     Case("k2v3", 16, lens=(20, 50), max_len=40, dtype=FP32, exact=(3, 5)),
     Case("k4v4", 24, 40, lens=(70, 2), max_len=90, dtype=FP16, exact=(4, 8), crop=3),
     Case("fp16", 16, lens=(20, 50), max_len=40, dtype=FP16),
+    Case("k4v3", 80, 64, lens=(53, 0), max_len=60, dtype=FP32, page=16, hole=1),
+    Case("k2v3", 16, lens=(90, 20), max_len=96, dtype=FP32, exact=(3, 5), crop=2, page=48, hole=0),
+    Case("fp16", 20, 12, lens=(33, 80), max_len=70, dtype=FP16, page=32, hole=0),
 ]
 DECODE_INTERPRETED = [
     Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
@@ -112,6 +126,21 @@ DECODE_INTERPRETED = [
     Case("k4v4", 32, q_len=2, lens=(70, 99), mask="bool", bounds="row", dtype=FP32, exact=(1, 20), crop=30),
     Case("k4v4", 16, q_len=2, lens=(140, 90), mask="keys", bounds="scan", dtype=FP32),
     Case("k2v3", 16, lens=(140, 90), mask="holes", bounds="scan", dtype=FP16, exact=(2, 20)),
+    Case("k4v4", 16, lens=(140, 90), mask="holes", bounds="scan", dtype=FP32, softcap=3.0, page=32, hole=1),
+    Case("k4v4", 80, q_len=2, lens=(140, 9), mask="bool", sinks=True, dtype=FP16, softcap=3.0),
+    Case(
+        "k3v2", 16, q_len=3, lens=(90, 40), bounds="window", dtype=FP32, exact=(9, 7), crop=4, softcap=2.0
+    ),
+    Case("fp16", 48, q_len=2, lens=(129, 1), mask="left", dtype=FP32, softcap=5.0),
+    Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16, page=16),
+    Case("k3v2", 64, 80, q_len=5, lens=(3, 70), max_len=80, dtype=FP16, page=48),
+    Case("k8v8", 16, q_len=2, lens=(140, 140), dtype=FP32, mask="bool", bounds="row", page=64, hole=1),
+    Case("k4v4", 16, q_len=3, lens=(100, 90), bounds="window", sinks=True, dtype=FP32, page=32, hole=0),
+    Case(
+        "k2v2", 16, q_len=2, lens=(90, 33), mask="left", dtype=FP32, exact=(4, 16), crop=9, page=16, hole=5
+    ),
+    Case("fp16", 48, 64, q_len=2, lens=(129, 1), dtype=FP16, page=80),
+    Case("bf16", 20, q_len=2, lens=(60, 170), mask="float", dtype=FP32, page=16, hole=1),  # overfull
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
@@ -121,6 +150,7 @@ ATTEND_INTERPRETED = [
     Case("", 16, q_len=1, max_len=90, mask="float", dtype=FP32),
     Case("", 16, q_len=2, lens=(200, 90), max_len=200, mask="holes", bounds="scan", dtype=FP32),
     Case("", 24, 40, heads=6, q_len=20, max_len=60, bounds="window", dtype=FP16),  # one split
+    Case("", 24, q_len=2, max_len=90, mask="float", bounds="row", sinks=True, dtype=FP32, softcap=2.0),
 ]
 
 _DTYPES = (BF16, FP16, FP32)
@@ -152,6 +182,11 @@ STORE_GPU = [
     *(Case("k3v3", dim, 64, q_len=40, lens=(90, 7)) for dim in (80, 112, 512)),
     *(Case(name, 128, q_len=9, dtype=dtype) for name in ("bf16", "fp16") for dtype in _DTYPES),
     *(Case("k4v4", 128, q_len=q, lens=(q, q, 2000), max_len=2000, exact=(4, 32)) for q in (1, 16, 1500)),
+    *(
+        Case(name, 128, q_len=q, lens=(1000, 17, 1), max_len=1000, page=page, hole=0)
+        for name in ("k4v4", "k3v3", "k8v8", "bf16")
+        for q, page in ((1, 16), (300, 64), (300, 144))
+    ),
 ]
 DEQUANTIZE_GPU = [
     *DEQUANTIZE_INTERPRETED,
@@ -159,6 +194,11 @@ DEQUANTIZE_GPU = [
     *(Case("k4v4", dim, 128, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 576, 1024)),
     *(Case(name, 80, 64, dtype=dtype) for name in ("k3v2", "bf16") for dtype in _DTYPES),
     Case("k4v4", 128, lens=(300, 17, 0), max_len=320, exact=(4, 32), crop=5),
+    *(
+        Case(name, 128, lens=(300, 17, 0), max_len=320, page=page, hole=1)
+        for name in ("k4v4", "k3v2", "k8v8", "bf16")
+        for page in (16, 64, 144)
+    ),
 ]
 DECODE_GPU = [
     *DECODE_INTERPRETED,
@@ -260,8 +300,74 @@ DECODE_GPU = [
         for name in ("k4v4", "k8v4", "k2v2", "bf16")
         for mask, b in (("none", "window"), ("bool", "row"), ("none", "none"))
     ),
+    *(
+        Case(
+            name,
+            dim,
+            heads=8,
+            q_len=q,
+            lens=(900, 129, 1),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            sinks=b == "row",
+            keys=keys,
+            exact=exact,
+            softcap=cap,
+        )
+        for name, dim in (
+            ("k4v4", 128),
+            ("k8v8", 64),
+            ("k2v2", 256),
+            ("k3v3", 128),
+            ("k4v4", 80),
+            ("bf16", 256),
+        )
+        for q, mask, b, keys, exact, cap in (
+            (1, "none", "none", "random", (0, 0), 50.0),
+            (5, "none", "window", "huge", (0, 0), 2.0),
+            (2, "bool", "row", "random", (0, 0), 5.0),
+            (3, "none", "row", "heavy", (4, 32), 30.0),
+        )
+        if name != "bf16" or exact == (0, 0)
+    ),
+    *(
+        Case(
+            name,
+            dim,
+            heads=8,
+            q_len=q,
+            lens=(900, 129, 1),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            page=page,
+            hole=hole,
+            exact=exact,
+        )
+        for name, dim in (
+            ("k4v4", 128),
+            ("k8v8", 64),
+            ("k2v2", 256),
+            ("k3v3", 128),
+            ("k4v4", 80),
+            ("bf16", 128),
+        )
+        for page in (16, 48, 64, 256)
+        for q, mask, b, hole, exact in (
+            (1, "none", "none", -1, (0, 0)),
+            (4, "none", "window", 0, (0, 0)),
+            (2, "none", "row", -1, (4, 32)),
+            (2, "bool", "row", 1, (0, 0)),
+        )
+        if name != "bf16" or exact == (0, 0)
+    ),
 ]
-APPEND_INTERPRETED = [Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9))]
+APPEND_INTERPRETED = [
+    Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9)),
+    Case("k4v4", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9), softcap=2.0),
+    Case("k4v4", 16, q_len=2, lens=(49, 2), max_len=50, dtype=FP16, exact=(2, 9), page=16, hole=0),
+]
 APPEND_GPU = [
     *APPEND_INTERPRETED,
     *(
@@ -275,6 +381,15 @@ APPEND_GPU = [
         for heads, q_len, lens in ((8, 1, (2000, 1, 65)), (14, 5, (2100, 5)), (2, 16, (3000, 17)))
     ),
     Case("bf16", heads=8, lens=(2000, 1), max_len=2100),
+    Case("k4v4", 128, heads=8, lens=(2000, 1, 65), max_len=2100, softcap=3.0),
+    Case("k3v4", 256, heads=8, q_len=3, lens=(2000, 5, 65), max_len=2100, exact=(4, 32), softcap=20.0),
+    *(
+        Case(
+            name, 128, heads=8, q_len=q, lens=(2000, 5, 65), max_len=2100, exact=exact, page=page, hole=hole
+        )
+        for name, exact in (("k4v4", (4, 32)), ("k8v8", (0, 0)), ("k3v3", (0, 0)), ("bf16", (0, 0)))
+        for q, page, hole in ((1, 64, -1), (1, 128, 3), (5, 64, 0), (1, 16, 2), (3, 48, -1))
+    ),
 ]
 LARGE_GPU = [
     Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP16),
@@ -295,6 +410,8 @@ ATTEND_GPU = [
         for q, mask, b, sinks in ((1, "none", "row", False), (5, "bool", "window", True))
     ),
     Case("", 128, heads=71, kv_heads=1, q_len=1, max_len=3000, bounds="row"),
+    Case("", 256, heads=8, q_len=1, max_len=3000, bounds="window", softcap=50.0),
+    Case("", 128, heads=8, q_len=5, max_len=1000, mask="float", sinks=True, softcap=2.0),
 ]
 
 

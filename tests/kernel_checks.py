@@ -54,6 +54,7 @@ from tq_inductor.kernels.varlen import varlen_attention
 from tq_inductor import codec, reference, reference_attention
 from tq_inductor.beside import NOTHING, Beside
 from tq_inductor.format import round_up
+from tq_inductor.reference_pages import has_no_page, rows_of
 from tq_inductor.rotation import rotation_matrix
 
 
@@ -80,10 +81,24 @@ def random_vectors(shape: tuple[int, ...], dtype: torch.dtype, device: str, view
 
 def garbage_cache(case: Case, device: str) -> torch.Tensor:
     """A cache of stale bytes, half of them 0x7F or 0xFF: NaN as codes of 8 or 16 bits and as scales."""
-    nbytes = case.format.slot_bytes * round_up(case.max_len)
-    cache = torch.randint(0, 256, (case.batch, case.kv_heads, nbytes))
+    pages, tokens = case.batch, round_up(case.max_len)
+    if case.page:
+        pages, tokens = 1 + case.batch * -(-case.max_len // case.page), case.page
+    cache = torch.randint(0, 256, (pages, case.kv_heads, case.format.slot_bytes * tokens))
     stale = torch.where(torch.rand(cache.shape) < 0.5, 0xFF, 0x7F)
     return torch.where(torch.rand(cache.shape) < 0.5, stale, cache).to(torch.uint8).to(device)
+
+
+def block_table(case: Case, device: str) -> torch.Tensor | None:
+    """Pages in any order, not one entry behind the other in memory; the first page is nobody's."""
+    if not case.page:
+        return None
+    count = -(-case.max_len // case.page)
+    order = torch.randperm(case.batch * count, generator=torch.Generator().manual_seed(0)) + 1
+    table = order.view(count, case.batch).T.to(torch.int32)
+    if case.hole >= 0:
+        table[0, case.hole] = -1
+    return table.to(device)
 
 
 def lengths(case: Case, device: str) -> torch.Tensor:
@@ -131,11 +146,11 @@ def filled_cache(case: Case, device: str) -> tuple[torch.Tensor, Beside]:
         v *= (2 * torch.randn(case.batch, case.kv_heads, tokens, 1)).exp()
     if any(case.exact):
         k += beside.k_mean.float()[:, :, None]
-    lens = lengths(case, "cpu")
+    lens, table = lengths(case, "cpu"), block_table(case, "cpu")
     for part, length in ((slice(tokens), lens), (slice(tokens, None), lens + case.crop)):
         new_k, new_v = k[:, :, part], v[:, :, part]
         if new_k.shape[2]:
-            reference.store(cache, new_k, new_v, length, *rotations(case, "cpu"), fmt, beside)
+            reference.store(cache, new_k, new_v, length, *rotations(case, "cpu"), fmt, beside, table)
     return cache.to(device), beside
 
 
@@ -160,6 +175,18 @@ def assert_close(
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
+def empty_lse(case: Case, device: str) -> torch.Tensor:
+    """Where a kernel puts the LSE of a case."""
+    return torch.full((case.batch, case.heads, case.q_len), 7.0, device=device)
+
+
+def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """NaN and -inf exactly where expected; elsewhere an error of 2e-3, or of so much of a large LSE."""
+    tolerance = 1e-5 if dtype == FP32 else 2e-3
+    close = torch.isclose(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert close.all(), f"{(~close).sum()} of {close.numel()} LSEs are wrong"
+
+
 def check_store(case: Case, device: str) -> None:
     """The bytes are the reference's, but for codes that rounding moves over a decision boundary."""
     fmt = case.format
@@ -176,8 +203,10 @@ def check_store(case: Case, device: str) -> None:
             x[0, 0, 8, -1] = float("nan")
     before, beside = garbage_cache(case, "cpu"), empty_beside(case)
     expected, actual, got_beside = before.clone(), before.to(device), moved(beside, device)
-    reference.store(expected, k.cpu(), v.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), fmt, beside)
-    store(actual, k, v, lengths(case, device), *rotations(case, device), fmt, got_beside)
+    table, last = block_table(case, "cpu"), (fmt, beside, block_table(case, "cpu"))
+    reference.store(expected, k.cpu(), v.cpu(), lengths(case, "cpu"), *rotations(case, "cpu"), *last)
+    last = (fmt, got_beside, block_table(case, device))
+    store(actual, k, v, lengths(case, device), *rotations(case, device), *last)
     if any(case.exact):
         tolerance = {BF16: 2**-8, FP16: 2**-11, FP32: 1e-5}[case.dtype]
         assert torch.allclose(got_beside.k_mean.cpu(), beside.k_mean, rtol=tolerance, atol=1e-6), "mean"
@@ -185,9 +214,19 @@ def check_store(case: Case, device: str) -> None:
         assert torch.equal(*copies), "exact tokens"
         assert torch.equal(got_beside.exact_from.cpu(), beside.exact_from), "exact_from"
     old, want, got = (reference._planes(x.cpu(), fmt) for x in (before, expected, actual))
-    slot = torch.arange(round_up(case.max_len))
+    tokens = round_up(case.max_len)
+    if table is not None:
+        assert torch.equal(actual[0].cpu(), before[0]), "the page that is nobody's"
+        old, want, got = (
+            {name: rows_of(plane, table) for name, plane in x.items()} for x in (old, want, got)
+        )
+        tokens = case.page * table.shape[1]
+    slot = torch.arange(tokens)
     lens = lengths(case, "cpu").expand(case.batch)[:, None]
-    written = ((slot >= lens - case.q_len) & (slot < lens))[:, None].expand(-1, case.kv_heads, -1)
+    written = (slot >= lens - case.q_len) & (slot < lens)
+    if table is not None:
+        written &= ~has_no_page(table, case.page, tokens)
+    written = written[:, None].expand(-1, case.kv_heads, -1)
     for side, bits in (("k", fmt.k_bits), ("v", fmt.v_bits)):
         rows = [x[f"{side}_rows"].view(torch.uint8) for x in (old, want, got)]
         if side == "v" and not fmt.is_lossless:
@@ -216,10 +255,10 @@ def check_dequantize(case: Case, device: str) -> None:
     with nan_filled_memory():
         results = dequantize(
             cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype,
-            moved(beside, device),
+            moved(beside, device), block_table(case, device),
         )  # fmt: skip
-    lens = lengths(case, "cpu")
-    expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    lens, last = lengths(case, "cpu"), (beside, block_table(case, "cpu"))
+    expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
     for actual, wanted in zip(results, expected, strict=True):
         wanted = reference.poison_overfull(wanted, lens, case.max_len)
         assert actual.dtype == case.dtype
@@ -282,25 +321,26 @@ def make_sinks(case: Case) -> torch.Tensor | None:
 
 
 def check_decode(case: Case, device: str) -> None:
-    """Attention in float64 over what the reference loads from the same bytes."""
+    """Attention in float64 over what the reference loads from the same bytes, and its LSE."""
     fmt, (cache, beside) = case.format, filled_cache(case, device)
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
     mask = make_mask(case)
     bounds, sinks = make_bounds(case, mask), make_sinks(case)
-    scale = 1.5 / case.dim**0.5
+    scale, lse = 1.5 / case.dim**0.5, empty_lse(case, device)
     with nan_filled_memory():
         actual = decode(
             q, cache, lengths(case, device), *rotations(case, device), *on(device, mask, bounds, sinks),
-            fmt, case.max_len, scale, moved(beside, device),
+            fmt, case.max_len, scale, moved(beside, device), case.softcap, block_table(case, device), lse,
         )  # fmt: skip
     assert actual.dtype == case.dtype
-    lens = lengths(case, "cpu")
-    k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    lens, last = lengths(case, "cpu"), (beside, block_table(case, "cpu"))
+    k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
     if mask is None and bounds is None:
         bounds = reference.last_tokens(lens, case.batch, case.q_len)
-    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
-    expected = reference.poison_overfull(expected, lens, case.max_len)
+    expected = float64_attention(q, k, v, mask, bounds, sinks, scale, case.softcap)
+    expected, expected_lse = (reference.poison_overfull(x, lens, case.max_len) for x in expected)
     assert_close(actual, expected, case.dtype)
+    assert_lse_close(lse, expected_lse, case.dtype)
 
 
 def check_append(case: Case, device: str) -> None:
@@ -316,9 +356,10 @@ def check_append(case: Case, device: str) -> None:
         )
     )
     stored, stored_beside, beside = cache.clone(), moved(beside, device), moved(beside, device)
-    store(stored, k, v, lens, *turns, fmt, stored_beside)
+    table = block_table(case, device)
+    store(stored, k, v, lens, *turns, fmt, stored_beside, table)
     scale = 1.5 / case.dim**0.5
-    last = (None, None, None, fmt, case.max_len, scale, beside)
+    last = (None, None, None, fmt, case.max_len, scale, beside, case.softcap, table)
     with nan_filled_memory():
         actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
     again = append_and_attend(cache, q, k, v, lens, *turns, *last)
@@ -326,10 +367,10 @@ def check_append(case: Case, device: str) -> None:
     assert torch.equal(cache, stored)
     for mine, other in zip(beside[:3], stored_beside[:3], strict=True):
         assert mine is None or torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)), "beside"
-    lens, beside = lens.cpu(), moved(beside, "cpu")
-    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, beside)
+    lens, last = lens.cpu(), (moved(beside, "cpu"), block_table(case, "cpu"))
+    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
     bounds = reference.last_tokens(lens, case.batch, case.q_len)
-    expected = float64_attention(q, keys, values, None, bounds, None, scale)
+    expected, _ = float64_attention(q, keys, values, None, bounds, None, scale, case.softcap)
     assert_close(actual, reference.poison_overfull(expected, lens, case.max_len), case.dtype)
 
 
@@ -352,7 +393,7 @@ def check_large(case: Case, device: str) -> None:
 
 
 def check_attend(case: Case, device: str) -> None:
-    """Attention in float64 over plain keys and values, with NaN where nothing may read."""
+    """Attention in float64 over plain keys and values, with NaN where nothing may read, and its LSE."""
     q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "transposed")
     mask = make_mask(case)
     bounds, sinks = make_bounds(case, mask), make_sinks(case)
@@ -360,21 +401,23 @@ def check_attend(case: Case, device: str) -> None:
         torch.randn(case.batch, case.max_len, case.kv_heads, d).to(device, case.dtype).transpose(1, 2)
         for d in (case.dim, case.v_dim or case.dim)
     )
-    scale = 1.5 / case.dim**0.5
-    expected = float64_attention(q, k, v, mask, bounds, sinks, scale)
+    scale, lse = 1.5 / case.dim**0.5, empty_lse(case, device)
+    expected, expected_lse = float64_attention(q, k, v, mask, bounds, sinks, scale, case.softcap)
     if bounds is not None and case.bounds == "row":  # no tile of 64 slots reaches it
         k[1, :, 128:], v[1, :, 128:] = float("nan"), float("nan")
     with nan_filled_memory():
-        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale)
+        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale, case.softcap, lse)
     assert actual.dtype == case.dtype
     assert_close(actual, expected, case.dtype, roundings=2)  # the weights, the result
+    assert_lse_close(lse, expected_lse, case.dtype)
 
 
-def float64_attention(q, k, v, mask, bounds, sinks, scale) -> torch.Tensor:
-    """The reference on a CPU in float64."""
+def float64_attention(q, k, v, mask, bounds, sinks, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference on a CPU in float64, with the LSE."""
     visible, bias = reference.visible_keys(mask, bounds, k.shape[2])
     inputs = (x.cpu().double() for x in (q, k, v))
-    return reference.attention(*inputs, visible, scale, None if bias is None else bias.double(), sinks)
+    bias = None if bias is None else bias.double()
+    return reference.attention_and_lse(*inputs, visible, scale, bias, sinks, softcap)
 
 
 def check_varlen(case: Ragged, device: str) -> None:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 import torch
 import triton
 from kernel_cases import BF16, FP16, FP32, Case
-from kernel_checks import empty_beside, garbage_cache, lengths, rotations
+from kernel_checks import block_table, empty_beside, garbage_cache, lengths, rotations
 from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.decode_query import store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
@@ -44,35 +44,43 @@ def record_launches() -> list[tuple]:
 
     original, JITFunction.run = JITFunction.run, note
     try:
-        for name in ("k4v4", "bf16"):
+        for name, page in (("k4v4", 0), ("bf16", 0), ("k4v4", 48), ("bf16", 16)):
             exact = (0, 0) if name == "bf16" else (4, 32)
-            case = Case(name, 128, heads=8, lens=(4096, 1), max_len=4096, exact=exact)
+            case = Case(name, 128, heads=8, lens=(4096, 1), max_len=4096, exact=exact, page=page)
+            table, lse = block_table(case, "cpu"), torch.empty(2, 8, 1)
             fmt, cache, lens = case.format, garbage_cache(case, "cpu"), lengths(case, "cpu")
             beside = empty_beside(case)
             k = torch.zeros(2, 2, 16, 128, dtype=BF16)
-            store(cache, k, k, lens, *rotations(case, "cpu"), fmt, beside)
-            dequantize(cache, lens, *rotations(case, "cpu"), fmt, 4096, BF16, beside)
+            store(cache, k, k, lens, *rotations(case, "cpu"), fmt, beside, table)
+            dequantize(cache, lens, *rotations(case, "cpu"), fmt, 4096, BF16, beside, table)
             q = torch.zeros(2, 8, 1, 128, dtype=BF16)
             mask = torch.ones(2, 1, 1, 4096, dtype=torch.bool)
-            for attn_mask in (None, mask)[: 2 if name == "k4v4" else 1]:
-                visible = (attn_mask, None, None)
-                decode(q, cache, lens, *rotations(case, "cpu"), *visible, fmt, 4096, 0.1, beside)
-        for name, dim, q_len in (("k4v4", 128, 1), ("k8v2", 128, 3), ("k2v8", 64, 1), ("k3v3", 128, 1)):
-            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32))
+            ways = ((None, None), (None, 50.0), (mask, None))
+            for attn_mask, cap in ways if name == "k4v4" and not page else ways[:1]:
+                last = (attn_mask, None, None, fmt, 4096, 0.1, beside, cap, table, lse)
+                decode(q, cache, lens, *rotations(case, "cpu"), *last)
+        for name, dim, q_len, cap, page in (
+            ("k4v4", 128, 1, None, 0),
+            ("k4v4", 256, 1, 50.0, 0),
+            ("k8v2", 128, 3, None, 64),
+            ("k2v8", 64, 1, None, 192),
+            ("k3v3", 128, 1, None, 0),
+        ):
+            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32), page=page)
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
             q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
-            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, fmt, 0.1, beside)
-            bounds = torch.zeros(2, q_len, 4, dtype=torch.int32)
+            table = block_table(case, "cpu")
+            last = (fmt, 0.1, beside, cap, table)
+            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, *last)
+            bounds, last = torch.zeros(2, q_len, 4, dtype=torch.int32), (None, fmt, 4096, *last[1:])
             for visible in ((None, None), (mask, bounds)):
-                attend_by_warps(
-                    q_rows, q_rows, rows, cache, lens, rotation, *visible, None, fmt, 4096, 0.1, beside
-                )
+                attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, *visible, *last)
         for name, dim, v_dim in (("k4v4", 128, 128), ("k4v3", 64, 128)):
             case = Case(name, dim, v_dim, lens=(4096, 64), max_len=4096, exact=(4, 32))
             new_k, new_v = (torch.zeros(2, 2, 64, d, dtype=BF16) for d in (dim, v_dim))
             cache, lens, fmt = garbage_cache(case, "cpu"), lengths(case, "cpu"), case.format
-            arguments = (cache, new_k, new_v, lens, *rotations(case, "cpu"), fmt, empty_beside(case))
+            arguments = (cache, new_k, new_v, lens, *rotations(case, "cpu"), fmt, empty_beside(case), None)
             store_prompt(*store_arguments(*arguments), new_k, fmt)
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
@@ -119,7 +127,8 @@ def main() -> int:
     """Compile every kernel for every target, a line each; 1 if one failed."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        variant = [str(kwargs[name]) for name in ("K_BITS", "V_BITS", "MASK", "ROTATION") if name in kwargs]
+        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
+        variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target, limit in TARGETS.items():

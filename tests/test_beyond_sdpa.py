@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from spelling import AUTO, INF, MIN, assert_left, causal, changed, float_mask, qkv
+from spelling import AUTO, INF, MIN, assert_left, causal, changed, compiled, float_mask, qkv
 from torch.nn import functional as F
 from tq_inductor.lowering.beyond_sdpa import find_calls_beyond_sdpa
 from tq_inductor.lowering.rewrite import rewrite
+
+from tq_inductor import PackedKVCache
 
 
 def gpt_oss(q, k, v, sinks, mask=0.0, change=torch.add, last=1):
@@ -51,8 +53,27 @@ def test_what_sdpa_has_no_arguments_for_is_found(name):
     else:
         assert call.sinks is None
         assert call.softcap == 5.0
-        assert (row.backend, row.rewritten) == ("none", False)
+        assert (row.backend, row.rewritten) == ("triton", True)
         assert row.not_chosen["sdpa"] == ["softcap=5.0: scaled_dot_product_attention has none"]
+
+
+def test_softcap_over_a_packed_cache():
+    caches = [PackedKVCache(2, 2, 16, 32, dtype=torch.float32, device="cpu") for _ in range(2)]
+
+    def step(cache, q, k, v):
+        keys, values = cache.update(k, v)
+        keys, values = (x[:, :, None].expand(2, 2, 2, 32, 16).reshape(2, 4, 32, 16) for x in (keys, values))
+        mask = torch.where(torch.arange(32) < cache.seq_length, 0.0, MIN)
+        return gemma2(q, keys, values, mask[None, None, None])
+
+    q, (k, v) = torch.randn(2, 4, 1, 16), qkv(2, 2, 1, 16, n=2)
+    for cache in caches:
+        torch.manual_seed(0)
+        cache.update(*qkv(2, 2, 20, 16, n=2))  # enough for a mean, which the softcap must see
+    targets, rows, result = compiled(step, caches[0], q, k, v)
+    assert [row.backend for row in rows] == ["turboquant"]
+    assert "tq_decode.default" in targets
+    torch.testing.assert_close(result, step(caches[1], q, k, v), rtol=1e-4, atol=1e-4)
 
 
 def test_look_alikes_of_softcap():

@@ -18,8 +18,10 @@ from tq_inductor import PackedKVCache, attention_backends, explain
 from tq_inductor.attention.call import AttentionCall
 from tq_inductor.attention.select import BACKENDS, select
 from tq_inductor.compiler import turboquant
-from tq_inductor.errors import NoAttentionBackendError, OptionError
+from tq_inductor.errors import CacheFullError, NoAttentionBackendError, OptionError
+from tq_inductor.format import KVFormat
 from tq_inductor.options import parse_options
+from tq_inductor.rotation import rotation_matrix
 
 AUTO = {"prefill": "auto", "decode": "auto"}
 
@@ -288,14 +290,69 @@ def gpu_prefill(**facts):
         ({"capability": (7, 5)}, "sdpa", "compute capability (7, 5) (needs at least (8, 0))"),
         ({"needs_grad": True}, "sdpa", "a gradient is needed"),
         ({"sinks": True, "needs_grad": True}, "none", "a gradient is needed"),
-        ({"softcap": 30.0}, "flex", "softcap=30.0"),
-        ({"softcap": 30.0, "device": "cpu", "capability": None}, "none", "softcap=30.0"),
+        ({"softcap": 30.0}, "triton", ""),
+        ({"softcap": 30.0, "device": "cpu", "capability": None}, "triton", ""),
+        ({"softcap": 30.0, "interval": False, "mask": "float"}, "flex", "q_len=2048 (at most 128) with"),
+        ({"softcap": 30.0, "needs_grad": True}, "none", "a gradient is needed"),
     ],
 )
 def test_choice_for_masked_prefill(facts, backend, reason):
     choice = select(dataclasses.replace(gpu_prefill(), **facts))
     assert choice.backend == backend
     assert reason in "; ".join(choice.not_chosen.get("triton", []))
+
+
+def test_a_cache_in_pages_is_read_through_its_block_table():
+    ops, fmt = torch.ops.tq_inductor, KVFormat("k4v4", 16)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    turns = (rotation_matrix(16, "cpu"),) * 2
+
+    def step(cache, length, q, k, v, table):
+        length.add_(1)
+        ops.tq_store(cache, k, v, length, *turns, "k4v4", block_table=table)
+        both = ops.tq_dequantize(cache, length, *turns, "k4v4", 32, torch.float32, block_table=table)
+        mask = (torch.arange(32) < length)[None]
+        return F.scaled_dot_product_attention(q, *both, attn_mask=mask, enable_gqa=True)
+
+    def state():
+        return torch.zeros(4, 2, 16 * fmt.slot_bytes, dtype=torch.uint8), torch.tensor(0)
+
+    new = (new_tokens(heads=4), new_tokens(), new_tokens())
+    (compiled_cache, length), eager = state(), state()
+    graphs, rows, result = rewritten(step, compiled_cache, length, *new, table)
+    assert [row.backend for row in rows] == ["turboquant"]
+    assert "tq_inductor.tq_append_attend.default" in targets(graphs[0])
+    assert not any("tq_store" in name or "tq_dequantize" in name for name in targets(graphs[0]))
+    assert torch.allclose(result, step(*eager, *new, table), atol=1e-5)
+    assert torch.equal(compiled_cache, eager[0])
+
+    def other_table(cache, length, q, k, v, table):
+        ops.tq_store(cache, k, v, length, *turns, "k4v4", block_table=table)
+        both = ops.tq_dequantize(
+            cache, length, *turns, "k4v4", 32, torch.float32, block_table=table.flip(0)
+        )
+        mask = (torch.arange(32) < length)[None]
+        return F.scaled_dot_product_attention(q, *both, attn_mask=mask, enable_gqa=True)
+
+    graphs, _, _ = rewritten(other_table, *state(), *new, table)
+    assert "tq_inductor.tq_decode.default" in targets(graphs[0])  # the store is of other pages
+
+
+def test_a_full_cache_in_pages_is_refused():
+    ops, fmt = torch.ops.tq_inductor, KVFormat("k4v4", 16)
+    turns = (rotation_matrix(16, "cpu"),) * 2
+
+    def step(cache, length, k, v, table):
+        length.add_(20)
+        ops.tq_store(cache, k, v, length, *turns, "k4v4", block_table=table)
+
+    cache = torch.zeros(4, 2, 16 * fmt.slot_bytes, dtype=torch.uint8)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    arguments = (cache, torch.tensor(0), new_tokens(20), new_tokens(20), table)
+    compiled = torch.compile(step, backend="turboquant")
+    compiled(*arguments)
+    with pytest.raises(CacheFullError, match="32"):
+        compiled(*arguments)
 
 
 def test_sub_graphs_are_rewritten():

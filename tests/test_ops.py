@@ -33,7 +33,8 @@ def test_opcheck(name, device):
     opcheck(ops.tq_store.default, (cache, *kv, *tail, name))
     ops.tq_store(cache, *kv, *tail, name)
     opcheck(ops.tq_dequantize.default, (cache, *tail, name, MAX_LEN, torch.float32))
-    opcheck(ops.tq_decode.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25))
+    for op in (ops.tq_decode, ops.tq_decode_lse):
+        opcheck(op.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25), {"softcap": 5.0})
     opcheck(ops.tq_append_attend.default, (cache, q, *kv, *tail, mask, None, None, name, MAX_LEN, 0.25))
 
 
@@ -62,6 +63,91 @@ def test_opcheck_with_what_lies_beside(device):
         opcheck(ops.tq_append_attend.default, arguments)
 
 
+def paged_arguments(name, device, page_size=16):
+    """(cache in pages, block table): as `cache_arguments`, 3 pages a row; the second row has two."""
+    fmt = KVFormat(name, 16)
+    cache = torch.zeros(7, 2, page_size * fmt.slot_bytes, dtype=torch.uint8, device=device)
+    return cache, torch.tensor([[6, 1, 3], [2, 5, -1]], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_opcheck_with_a_block_table(name, device):
+    _, kv, tail = cache_arguments(name, device)
+    cache, table = paged_arguments(name, device)
+    q, how = torch.randn(2, 4, 7, 16, device=device), {"block_table": table}
+    opcheck(ops.tq_store.default, (cache, *kv, *tail, name), how)
+    ops.tq_store(cache, *kv, *tail, name, **how)
+    opcheck(ops.tq_dequantize.default, (cache, *tail, name, MAX_LEN, torch.float32), how)
+    for op in (ops.tq_decode, ops.tq_decode_lse):
+        opcheck(op.default, (q, cache, *tail, None, None, None, name, MAX_LEN, 0.25), how)
+    arguments = (cache, q, *kv, *tail, None, None, None, name, MAX_LEN, 0.25)
+    opcheck(ops.tq_append_attend.default, arguments, how)
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k3v8", "bf16"])
+def test_pages_hold_what_one_page_a_row_holds(name):
+    plain, _, (_, *rotations) = cache_arguments(name, "cpu")
+    cache, table = paged_arguments(name, "cpu")
+    k, v = torch.randn(2, 2, 33, 16), torch.randn(2, 2, 33, 16)
+    q, results = torch.randn(2, 4, 2, 16), []
+    for packed, how in ((plain, {}), (cache, {"block_table": table})):
+        before = (k[:, :, :20], v[:, :, :20], torch.tensor(20), *rotations, name)
+        ops.tq_store(packed, *before, **how)
+        lens = torch.tensor([33, 22])
+        new = (q, k[:, :, -2:], v[:, :, -2:], lens, *rotations, None, None, None, name, MAX_LEN, 0.25)
+        read = ops.tq_dequantize(packed, lens, *rotations, name, MAX_LEN, torch.float32, **how)
+        results.append((ops.tq_append_attend(packed, *new, **how), *read))
+    for in_one, in_pages in zip(*results, strict=True):
+        assert torch.equal(in_one, in_pages)
+    assert cache[[0, 4]].eq(0).all()  # in no row
+
+
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_a_token_without_a_page_is_not_read_unnoticed(name):
+    _, _, (_, *rotations) = cache_arguments(name, "cpu")
+    cache, table = paged_arguments(name, "cpu")
+    k, v = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    lens, how = torch.tensor(40), {"block_table": table}
+    ops.tq_store(cache, k, v, lens, *rotations, name, **how)
+    keys, values = ops.tq_dequantize(cache, lens, *rotations, name, MAX_LEN, torch.float32, **how)
+    assert keys[1, :, 32:].isnan().all()
+    assert keys[1, :, :32].isfinite().all()
+    assert values[1, :, 32:].eq(0).all()
+    bounds = torch.tensor([[0, 33], [3, 32]], dtype=torch.int32).expand(2, 2, 2)
+    out, lse = ops.tq_decode_lse(
+        torch.randn(2, 4, 2, 16), cache, lens, *rotations, None, bounds, None, name, MAX_LEN, 0.25, **how
+    )
+    for x in (out, lse):
+        assert x[1, :, 0].isnan().all()  # sees position 32 of the second row
+        assert x[0].isfinite().all()
+        assert x[1, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda cache, table: (cache, table.long()), "block_table is torch.int64"),
+        (lambda cache, table: (cache, table[:1]), r"needs torch.int32 \[2, pages of a row\]"),
+        (lambda cache, table: (cache, table[0]), "block_table is"),
+        (lambda cache, table: (cache, table[:, :2]), "a row of the block table has 2 pages of 16 tokens"),
+        (lambda cache, table: (cache, table[:, :0]), "a row of the block table has 0 pages"),
+        (lambda cache, table: (cache[..., : 8 * 20], table), "page_size=8 is not a multiple of 16"),
+        (lambda cache, table: (cache[..., :-1], table), "not a multiple of 16|needs a multiple of"),
+        (lambda cache, table: (cache[..., :4], table), "needs a multiple of"),
+    ],
+)
+def test_block_tables_that_are_refused(change, error):
+    _, kv, tail = cache_arguments("k4v4", "cpu")
+    cache, table = change(*paged_arguments("k4v4", "cpu"))
+    before, q, how = cache.clone(), torch.randn(2, 4, 7, 16), {"block_table": table}
+    with pytest.raises(ValueError, match=error):
+        ops.tq_append_attend(cache, q, *kv, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    with pytest.raises(ValueError, match=error):
+        ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    assert torch.equal(cache, before)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_opcheck_attend(device, sinks):
@@ -74,6 +160,50 @@ def test_opcheck_attend(device, sinks):
         ops.attend.default,
         (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, None, None, sink, 0.25, "triton"),
     )
+    opcheck(ops.attend_lse.default, (q, k, v, mask, bounds, sink, 0.25, "triton"), {"softcap": 3.0})
+
+
+def test_softcap_and_lse():
+    cache, kv, tail = cache_arguments("k4v4", "cpu")
+    ops.tq_store(cache, *kv, *tail, "k4v4")
+    keys, values = (x[:, :, :7] for x in load(cache, *tail, KVFormat("k4v4", 16), MAX_LEN))
+    q, sinks = torch.randn(2, 4, 1, 16), torch.randn(4)
+    scores = 3 * torch.tanh(q @ keys.repeat_interleave(2, 1).mT * (0.5 / 3))
+    scores = torch.cat((scores, sinks.view(1, 4, 1, 1).expand(2, -1, -1, -1)), -1)
+    expected = scores.softmax(-1)[..., :-1] @ values.repeat_interleave(2, 1)
+    packed = ops.tq_decode_lse(q, cache, *tail, None, None, sinks, "k4v4", MAX_LEN, 0.5, softcap=3.0)
+    plain = ops.attend_lse(q, keys, values, None, None, sinks, 0.5, "triton", softcap=3.0)
+    for out, lse in (packed, plain):
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
+
+
+def test_attention_of_parts_is_merged_by_lse():
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, 3), (2, 20), (2, 20)))
+    parts = []
+    for first, end in ((0, 0), (0, 7), (7, 20)):  # the first sees nothing
+        bounds = torch.tensor([[[first, end]]], dtype=torch.int32)
+        parts.append(ops.attend_lse(q, k, v, None, bounds, None, 0.25, "triton"))
+    assert parts[0][1].eq(-torch.inf).all()
+    outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
+    merged = (lses.softmax(0)[..., None] * outs).sum(0)
+    expected, lse = ops.attend_lse(q, k, v, None, None, None, 0.25, "triton")
+    assert torch.allclose(merged, expected, atol=1e-5)
+    assert torch.allclose(lses.logsumexp(0), lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
+def test_softcaps_that_are_refused(softcap):
+    cache, kv, tail = cache_arguments("k4v4", "cpu")
+    before, q = cache.clone(), torch.randn(2, 4, 7, 16)
+    how = {"softcap": softcap}
+    with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
+        ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
+        ops.tq_append_attend(cache, q, *kv, *tail, None, None, None, "k4v4", MAX_LEN, 0.25, **how)
+    with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
+        ops.attend(q, *kv, None, None, None, 0.25, "triton", **how)
+    assert torch.equal(cache, before)
 
 
 def test_attend_reads_only_what_is_visible():
@@ -162,5 +292,8 @@ def test_backward_is_refused():
     ops.tq_store(cache, *kv, *tail, "k4v4")
     q = torch.randn(2, 4, 1, 16, requires_grad=True)
     out = ops.tq_decode(q, cache, *tail, None, None, None, "k4v4", MAX_LEN, 0.25)
+    with pytest.raises(RuntimeError, match=r"no backward.*torch.no_grad"):
+        out.sum().backward()
+    out, _ = ops.attend_lse(q, *kv, None, None, None, 0.25, "triton")
     with pytest.raises(RuntimeError, match=r"no backward.*torch.no_grad"):
         out.sum().backward()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
 from .foreign_kv import check_stored, plain_tokens
+from .op_checks import check_softcap
 
 
 def _attend(
@@ -18,25 +23,31 @@ def _attend(
     sinks: torch.Tensor | None,
     scale: float,
     backend: str,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    check_softcap(softcap)
     if q.is_cuda:
         from .kernels.decode import attend
     else:
         from .reference import attend
-    return attend(q, k, v, attn_mask, bounds, sinks, scale)
+    return attend(q, k, v, attn_mask, bounds, sinks, scale, softcap, lse)
 
 
 def _attend_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    bounds: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    backend: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _attend_lse(q: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    attend: Callable[..., torch.Tensor] = partial(_attend, lse=lse)
+    return attend(q, *rest, **named), lse
+
+
+def _attend_lse_fake(q: torch.Tensor, *rest: Any, **named: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return _attend_fake(q, *rest), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _dense_attn(
@@ -113,13 +124,14 @@ def _varlen_attn_fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+_ATTEND_ARGS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks, float scale,"
+    " str backend, float? softcap=None"
+)
+
 OPS = (
-    (
-        "attend(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? bounds, Tensor? sinks,"
-        " float scale, str backend) -> Tensor",
-        _attend,
-        _attend_fake,
-    ),
+    (f"attend({_ATTEND_ARGS}) -> Tensor", _attend, _attend_fake),
+    (f"attend_lse({_ATTEND_ARGS}) -> (Tensor, Tensor)", _attend_lse, _attend_lse_fake),
     (
         "dense_attn(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks,"
         " str alignment, int window_back, int window_ahead, float? softcap, float scale, str backend)"

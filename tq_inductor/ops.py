@@ -7,6 +7,11 @@ because its calls cost a tenth of a mutating `custom_op` (pytorch/pytorch#139500
 Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dimension.
 
 - `cache`: uint8 `[B, Hkv, page_bytes]`, one page per batch row, laid out as `format` says.
+- `block_table`: int32 `[B, n]`: `cache` is then `[pages, Hkv, page_bytes]`, pages of a multiple of 16
+  tokens; token p of row b lies in page `block_table[b, p // page_size]`, -1: it has none. Tokens without a
+  page, or past the table, are not stored. A query that sees a token without a page gives NaN; `max_len` is
+  at most what the table has room for. What lies beside is of batch rows: those that share a page need the
+  same mean.
 - `seq_lens`: int64 `[]` or `[B]`, tokens in each row, on the device; *after* the append for ops that
   append, which put their tokens at positions `seq_lens - q .. seq_lens - 1` and skip those that fall
   outside the page. A row with more than `max_len` tokens has lost some: it reads as NaN.
@@ -20,6 +25,11 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   `[B, q, 4]`: the mask lets all keys `bounds[b, i, 2] <= k < bounds[b, i, 3]` through, and need not be read
   there.
 - `sinks`: float `[H]`: a score per head that takes part in the softmax and has no value.
+- `softcap`: a positive number: scaled scores s become `softcap * tanh(s / softcap)`, before a mask adds to
+  them; sinks are not changed.
+- `tq_decode_lse`, `attend_lse`: the result of `tq_decode`, `attend`, and float32 `[B, H, q]`, the natural
+  logarithm of the softmax's denominator: -inf for a query without a visible key, NaN in rows of NaN. Sinks
+  count in it, as in FlashAttention-3 and FlashInfer: of parts that are merged by it only one may have them.
 - `k_mean`, `exact`, `exact_from`, `sink_tokens`: what a packed cache keeps beside its bytes (`beside` says
   what they hold and when a store changes them); absent for a lossless format.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
@@ -67,9 +77,9 @@ for _schema, _impl, _fake in (*packed_ops.OPS, *attention_ops.OPS, _REFUSE):
     torch.library.register_fake(f"tq_inductor::{_name}", _fake, lib=_lib)
 
 
-def _backward_refused(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> None:
-    torch.ops.tq_inductor.tq_refuse_backward(grad)
+def _backward_refused(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> None:
+    torch.ops.tq_inductor.tq_refuse_backward(grads[0])
 
 
-for _name in ("tq_decode", "attend", "dense_attn", "varlen_attn"):
+for _name in ("tq_decode", "tq_decode_lse", "attend", "attend_lse", "dense_attn", "varlen_attn"):
     torch.library.register_autograd(f"tq_inductor::{_name}", _backward_refused, lib=_lib)

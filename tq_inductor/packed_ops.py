@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from .beside import Beside
 from .format import KVFormat
+from .op_checks import check_block_table, check_softcap
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
 _BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int sink_tokens=0"
 _BESIDE_WRITTEN = (
     "Tensor(b!)? k_mean=None, Tensor(c!)? exact=None, Tensor(d!)? exact_from=None, int sink_tokens=0"
 )
+
+_LAST = "float? softcap=None, Tensor? block_table=None"
 
 
 def _tq_store(
@@ -26,17 +33,19 @@ def _tq_store(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    block_table: torch.Tensor | None = None,
 ) -> None:
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    check_block_table(block_table, cache, fmt, k.shape[0])
     if cache.is_cuda:
         from .kernels.store import store
     else:
         from .reference import store
-    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     beside = Beside(k_mean, exact, exact_from, sink_tokens)
-    store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
+    store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table)
 
 
-def _tq_store_fake(*arguments: object) -> None:
+def _tq_store_fake(*arguments: object, **named: object) -> None:
     return None
 
 
@@ -52,14 +61,17 @@ def _tq_dequantize(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    if block_table is not None:
+        check_block_table(block_table, cache, fmt, block_table.shape[0], max_len)
     if cache.is_cuda:
         from .kernels.dequantize import dequantize
     else:
         from .reference import dequantize
-    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     beside = Beside(k_mean, exact, exact_from, sink_tokens)
-    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside)
+    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside, block_table)
 
 
 def _tq_dequantize_fake(
@@ -70,9 +82,13 @@ def _tq_dequantize_fake(
     kv_format: str,
     max_len: int,
     dtype: torch.dtype,
-    *beside: object,
+    k_mean: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    exact_from: torch.Tensor | None = None,
+    sink_tokens: int = 0,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, _ = cache.shape
+    batch, heads = (cache if block_table is None else block_table).shape[0], cache.shape[1]
     return (
         cache.new_empty((batch, heads, max_len, k_rotation.shape[0]), dtype=dtype),
         cache.new_empty((batch, heads, max_len, v_rotation.shape[0]), dtype=dtype),
@@ -95,16 +111,30 @@ def _tq_decode(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    check_softcap(softcap)
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    check_block_table(block_table, cache, fmt, q.shape[0], max_len)
     if cache.is_cuda:
         from .kernels.decode import decode
     else:
         from .reference import decode
-    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     beside = Beside(k_mean, exact, exact_from, sink_tokens)
     return decode(
-        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside
-    )
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside,
+        softcap, block_table, lse,
+    )  # fmt: skip
+
+
+def _tq_decode_lse(
+    q: torch.Tensor, cache: torch.Tensor, *rest: Any, **named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    decode: Callable[..., torch.Tensor] = partial(_tq_decode, lse=lse)
+    return decode(q, cache, *rest, **named), lse
 
 
 def _tq_decode_fake(
@@ -114,8 +144,13 @@ def _tq_decode_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     *rest: object,
+    **named: object,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+
+
+def _tq_decode_lse_fake(q: torch.Tensor, *rest: Any, **named: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return _tq_decode_fake(q, *rest), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _tq_append_attend(
@@ -136,20 +171,24 @@ def _tq_append_attend(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    check_softcap(softcap)
+    fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    check_block_table(block_table, cache, fmt, q.shape[0], max_len)
     if cache.is_cuda:
         from .kernels.append import append_and_attend
 
-        fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
         return append_and_attend(
             cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-            Beside(k_mean, exact, exact_from, sink_tokens),
+            Beside(k_mean, exact, exact_from, sink_tokens), softcap, block_table,
         )  # fmt: skip
     beside = (k_mean, exact, exact_from, sink_tokens)
-    _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside)
+    _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside, block_table)
     return _tq_decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale,
-        *beside,
+        *beside, softcap, block_table,
     )  # fmt: skip
 
 
@@ -162,33 +201,35 @@ def _tq_append_attend_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     *rest: object,
+    **named: object,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
 
 
+_DECODE_ARGS = (
+    f"Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask, Tensor? bounds, Tensor? sinks,"
+    f" str kv_format, SymInt max_len, float scale, {_BESIDE}, {_LAST}"
+)
+
 OPS = (
     (
-        f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format, {_BESIDE_WRITTEN})"
-        " -> ()",
+        f"tq_store(Tensor(a!) cache, Tensor k, Tensor v, {_CACHE_ARGS}, str kv_format, {_BESIDE_WRITTEN},"
+        " Tensor? block_table=None) -> ()",
         _tq_store,
         _tq_store_fake,
     ),
     (
         f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype,"
-        f" {_BESIDE}) -> (Tensor, Tensor)",
+        f" {_BESIDE}, Tensor? block_table=None) -> (Tensor, Tensor)",
         _tq_dequantize,
         _tq_dequantize_fake,
     ),
-    (
-        f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask,"
-        f" Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale, {_BESIDE}) -> Tensor",
-        _tq_decode,
-        _tq_decode_fake,
-    ),
+    (f"tq_decode({_DECODE_ARGS}) -> Tensor", _tq_decode, _tq_decode_fake),
+    (f"tq_decode_lse({_DECODE_ARGS}) -> (Tensor, Tensor)", _tq_decode_lse, _tq_decode_lse_fake),
     (
         f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
         " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
-        f" {_BESIDE_WRITTEN}) -> Tensor",
+        f" {_BESIDE_WRITTEN}, {_LAST}) -> Tensor",
         _tq_append_attend,
         _tq_append_attend_fake,
     ),

@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
+from .beside import NOTHING, Beside
 from .codec import decode_vectors, encode_vectors, pack, unpack
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
+from .reference_beside import copy_exact, exact_slots, take_mean
+from .reference_pages import capacity, has_no_page, place, rows_of
 
 
 def _planes(cache: torch.Tensor, fmt: KVFormat) -> dict[str, torch.Tensor]:
@@ -46,78 +48,45 @@ def store(
     v_rotation: torch.Tensor,
     fmt: KVFormat,
     beside: Beside = NOTHING,
+    block_table: torch.Tensor | None = None,
 ) -> None:
     """Write new tokens as the last `q` of each row's `seq_lens` tokens, in place.
 
     Args:
-        cache: `[B, Hkv, page_bytes]` uint8, one page per batch row.
+        cache: `[B, Hkv, page_bytes]` uint8, one page per batch row; with a block table `[P, Hkv, ..]`.
         k, v: `[B, Hkv, q, D]`; v may have another head dimension.
         seq_lens: `[]` or `[B]` int64, the lengths *after* the append. Tokens that would land at a
-            negative position, or past the end of the page, are skipped.
+            negative position, past the end of the page or of the table, or have no page, are skipped.
         beside: written too, as `beside` says; nothing for a lossless format.
+        block_table: `[B, n]` int32: token p of a row lies in page `block_table[row, p // page_size]`; -1:
+            there is none.
     """
     batch, _, new, _ = k.shape
     page_size = fmt.page_size(cache.shape[-1])
     positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new)
-    rows, tokens = torch.nonzero((positions >= 0) & (positions < page_size), as_tuple=True)
-    slots = positions[rows, tokens]
+    inside = (positions >= 0) & (positions < capacity(block_table, page_size))
+    rows, tokens = torch.nonzero(inside, as_tuple=True)
+    positions = positions[rows, tokens]
     views = _planes(cache, fmt)
     new_k, new_v = k.transpose(1, 2)[rows, tokens], v.transpose(1, 2)[rows, tokens]  # [n, Hkv, D]
-    if fmt.is_lossless:
-        views["k_rows"][rows, :, slots] = new_k.to(fmt.dtype)
-        views["v_rows"][rows, :, slots] = new_v.to(fmt.dtype)
-        return
     if beside.exact_from is not None:
-        _copy_exact(beside, new_k, new_v, rows, slots, seq_lens, new)
+        copy_exact(beside, new_k, new_v, rows, positions, seq_lens, new)
+    pages, slots = place(rows, positions, block_table, page_size)
+    new_k, new_v, rows, slots, pages = (x[pages >= 0] for x in (new_k, new_v, rows, slots, pages))
+    if fmt.is_lossless:
+        views["k_rows"][pages, :, slots] = new_k.to(fmt.dtype)
+        views["v_rows"][pages, :, slots] = new_v.to(fmt.dtype)
+        return
     if beside.k_mean is not None:
         take_mean(beside.k_mean, k, seq_lens)
         new_k = new_k.to(torch.float32) - beside.k_mean[rows]
     codes, scales = encode_vectors(new_k, fmt.k_bits, k_rotation)
-    views["k_rows"][rows, :, slots] = pack(codes, fmt.k_bits)
-    views["k_scales"][rows, :, slots] = scales
+    views["k_rows"][pages, :, slots] = pack(codes, fmt.k_bits)
+    views["k_scales"][pages, :, slots] = scales
     codes, scales = encode_vectors(new_v, fmt.v_bits, v_rotation)
     group, lane = slots // PAGE_ALIGNMENT, slots % PAGE_ALIGNMENT
-    views["v_rows"][rows, :, group, :, lane] = pack(codes, fmt.v_bits)
-    views["v_scales"][rows, :, slots] = scales
-
-
-def take_mean(k_mean: torch.Tensor, k: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Set the mean of rows that k `[B, Hkv, q, D]` starts, if it has enough tokens.
-
-    A value that is not finite counts as 0: it must not reach the other tokens.
-    """
-    new = k.shape[2]
-    if new < LEAST_MEAN_TOKENS:
-        return
-    first = k[:, :, :MEAN_TOKENS].to(torch.float32)
-    mean = torch.where(first.isfinite(), first, 0.0).mean(2).to(k_mean.dtype)
-    k_mean.copy_(torch.where((seq_lens == new).expand(len(k))[:, None, None], mean, k_mean))
-
-
-def _copy_exact(
-    beside: Beside,
-    new_k: torch.Tensor,
-    new_v: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    seq_lens: torch.Tensor,
-    new: int,
-) -> None:
-    """Copy those of the tokens `[n, Hkv, D]` that are now exact; `new` are appended in all."""
-    assert beside.exact is not None
-    assert beside.exact_from is not None
-    exact_from, oldest = beside.exact_from, seq_lens - beside.recent_tokens
-    exact_from.copy_(torch.maximum(torch.minimum(exact_from, seq_lens - new), oldest))
-    kept = (positions < beside.sink_tokens) | (positions >= oldest.expand(len(beside.exact))[rows])
-    slots = exact_slots(beside, positions[kept])
-    beside.exact[rows[kept], :, slots] = torch.cat((new_k, new_v), -1)[kept].to(beside.exact.dtype)
-
-
-def exact_slots(beside: Beside, positions: torch.Tensor) -> torch.Tensor:
-    """The slots of these positions."""
-    sinks = beside.sink_tokens
-    recent = sinks + (positions - sinks) % max(beside.recent_tokens, 1)
-    return torch.where(positions < sinks, positions, recent)
+    views["v_rows"][pages, :, group, :, lane] = pack(codes, fmt.v_bits)
+    views["v_scales"][pages, :, slots] = scales
 
 
 def load(
@@ -128,14 +97,17 @@ def load(
     fmt: KVFormat,
     max_len: int,
     beside: Beside = NOTHING,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `max_len` keys and values `[B, Hkv, max_len, D]` float32; zero past `seq_lens`.
 
-    See `store` for the arguments.
+    A token without a page has a key of NaN, so that a query that sees it gives NaN, and a value of zero, so
+    that others do not. See `store` for the arguments.
     """
-    views = _planes(cache, fmt)
+    views = {name: rows_of(plane, block_table) for name, plane in _planes(cache, fmt).items()}
+    batch = cache.shape[0] if block_table is None else block_table.shape[0]
     slot = torch.arange(max_len, device=cache.device)
-    lens = seq_lens.expand(cache.shape[0])[:, None]
+    lens = seq_lens.expand(batch)[:, None]
     filled = (slot < lens)[:, None, :, None]  # [B, 1, max_len, 1]
     if fmt.is_lossless:
         k = views["k_rows"][:, :, :max_len].to(torch.float32)
@@ -149,9 +121,12 @@ def load(
         v = decode_vectors(unpack(v_rows, fmt.v_bits), v_scales, fmt.v_bits, v_rotation)
         if beside.k_mean is not None:
             k = k + beside.k_mean[:, :, None]
+    if block_table is not None:
+        missing = has_no_page(block_table, fmt.page_size(cache.shape[-1]), max_len)[:, None, :, None]
+        k, v = torch.where(missing, float("nan"), k), torch.where(missing, 0.0, v)
     if beside.exact is not None and beside.exact_from is not None:
         first_recent = torch.maximum(beside.exact_from, seq_lens - beside.recent_tokens)
-        is_recent = slot >= first_recent.clamp(min=beside.sink_tokens).expand(cache.shape[0])[:, None]
+        is_recent = slot >= first_recent.clamp(min=beside.sink_tokens).expand(batch)[:, None]
         rows, tokens = torch.nonzero(
             (slot < lens) & ((slot < beside.sink_tokens) | is_recent), as_tuple=True
         )
@@ -170,6 +145,20 @@ def attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
+    """Softmax attention `[B, H, q, Dv]`: `attention_and_lse` without the latter."""
+    return attention_and_lse(q, k, v, visible, scale, bias, sinks, softcap)[0]
+
+
+def attention_and_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention, in the dtype of its inputs (float64 for an oracle).
 
     Args:
@@ -180,7 +169,8 @@ def attention(
         softcap: scaled scores s become `softcap * tanh(s / softcap)`, before the bias.
 
     Returns:
-        `[B, H, q, Dv]`.
+        `[B, H, q, Dv]`, and the natural logarithm of the softmax's denominator `[B, H, q]`, sinks included;
+        -inf where that is 0.
     """
     kv_heads = k.shape[1]
     grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, group * q, D]: no head is copied
@@ -195,10 +185,10 @@ def attention(
         scores = torch.cat((scores, column), -1)
     peak = scores.amax(-1, keepdim=True)
     weights = torch.where(peak.isneginf(), 0.0, (scores - peak).exp())
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-    weights = weights[..., : k.shape[2]]
+    total = weights.sum(-1, keepdim=True)
+    weights = (weights / total.clamp(min=torch.finfo(q.dtype).tiny))[..., : k.shape[2]]
     out = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ v
-    return out.view(*q.shape[:-1], -1)
+    return out.view(*q.shape[:-1], -1), (peak + total.log()).squeeze(-1)
 
 
 def visible_keys(
@@ -246,11 +236,12 @@ def dequantize(
     max_len: int,
     dtype: torch.dtype,
     beside: Beside = NOTHING,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`, NaN if overfull."""
     filled = min(int(seq_lens.max()), max_len)
     outputs = []
-    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside):
+    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside, block_table):
         padded = F.pad(x.to(dtype), (0, 0, 0, max_len - filled))
         outputs.append(poison_overfull(padded, seq_lens, max_len))
     return outputs[0], outputs[1]
@@ -270,15 +261,23 @@ def decode(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    softcap: float | None = None,
+    block_table: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows."""
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows.
+
+    `lse` `[B, H, q]` float32 is filled, if given, with `attention_and_lse`'s logarithm.
+    """
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
     end = _visible_range(visible).stop  # read no slot that nothing sees
-    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside)
+    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside, block_table)
     bias = None if bias is None else bias[..., :end]
-    out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
+    out, log = attention_and_lse(q.float(), k, v, visible[..., :end], scale, bias, sinks, softcap)
+    if lse is not None:
+        lse.copy_(poison_overfull(log, seq_lens, max_len))
     return poison_overfull(out, seq_lens, max_len).to(q.dtype)
 
 
@@ -291,14 +290,23 @@ def attend(
     bounds: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over the keys and values `[B, Hkv, L, D]` that something sees."""
+    """Attention of q `[B, H, q, D]` over the keys and values `[B, Hkv, L, D]` that something sees.
+
+    `lse` is filled as by `decode`.
+    """
     visible, bias = visible_keys(attn_mask, bounds, k.shape[2])
     seen = _visible_range(visible)
     visible, k, v = visible[..., seen], k[:, :, seen], v[:, :, seen]
     bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
-    if sinks is None:
+    if sinks is None and softcap is None and lse is None:
         mask = visible if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         return out.contiguous()
-    return attention(q.float(), k.float(), v.float(), visible, scale, bias, sinks).to(q.dtype)
+    inputs = (q.float(), k.float(), v.float())
+    out, log = attention_and_lse(*inputs, visible, scale, bias, sinks, softcap)
+    if lse is not None:
+        lse.copy_(log)
+    return out.to(q.dtype)

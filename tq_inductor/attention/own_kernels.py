@@ -16,8 +16,6 @@ def limits(call: AttentionCall) -> list[str]:
     reasons = list(call.obstacles)
     if call.mask != "none" and call.is_causal:
         reasons.append("attn_mask together with is_causal=True")
-    if call.softcap is not None:
-        reasons.append(f"softcap={call.softcap}: our kernels have none")
     if call.dropout:
         reasons.append(f"dropout_p={call.dropout} (needs 0)")
     if call.needs_grad:

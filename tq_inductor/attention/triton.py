@@ -16,7 +16,8 @@ def why_not(call: AttentionCall) -> list[str]:
     reasons = limits(call)
     # On a GPU SDPA has to be given an interval as a dense mask: benchmarks/results/prefill.json.
     masked = call.device == "cuda" and call.interval
-    if not (call.bounded or call.sinks or masked):
+    beyond_sdpa = call.sinks or call.softcap is not None
+    if not (call.bounded or beyond_sdpa or masked):
         reasons.append(
             f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
         )
