@@ -25,12 +25,14 @@ def append_and_attend(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    own: bool = False,
 ) -> torch.Tensor:
-    """`store`, then `decode`."""
-    if q.numel() == 0 or q.shape[2] != k.shape[2] or not takes(q, fmt, cache.shape[1], attn_mask):
+    """`store`, then `decode`, if `own` with k and v as they came."""
+    if own or q.numel() == 0 or q.shape[2] != k.shape[2] or not takes(q, fmt, cache.shape[1], attn_mask):
         store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside)
         visible = (attn_mask, bounds, sinks)
-        return decode(q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, beside)
+        last = (beside, (k, v) if own else None)
+        return decode(q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, *last)
     out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     with torch.cuda.device_of(q):
         queries = store_and_rotate(cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside)

@@ -4,10 +4,12 @@ A packed cache shows in a Dynamo graph as
 
     seq_length.add_(q)
     tq_store(cache, k, v, seq_length, k_rotation, v_rotation, format, *beside)
-    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside)
+    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside,
+                         own_k=k, own_v=v)
     keys, values = both[0], both[1]
 
-`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache.
+`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache. The
+last two are given for chunks that attend to their own keys and values as they came.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class PackedSource:
 
     Attributes:
         dequantize: that node; its arguments are the fields below.
+        own: `own_k` and `own_v`, if given.
         store: the `tq_store` of this step's tokens, if attention can take it over.
         obstacles: why the packed bytes cannot be read at the attention call instead, if so.
     """
@@ -48,6 +51,7 @@ class PackedSource:
     max_len: fx.Node | int
     dtype: torch.dtype
     beside: tuple[Any, ...]
+    own: dict[str, fx.Node]
     store: fx.Node | None
     obstacles: tuple[str, ...]
 
@@ -69,9 +73,10 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     if (key.args[1], value.args[1]) != (0, 1):
         return None
     cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype, *beside = dequantize.args
+    own = _own(dequantize)
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in writes.between(dequantize, attention, cache, seq_lens, *beside)
+        for node in writes.between(dequantize, attention, cache, seq_lens, *beside, *own.values())
     ] + [
         f"{node.name} changes the keys or values that were read"
         for node in writes.between(dequantize, attention, key, value, sdpa.key, sdpa.value)
@@ -79,8 +84,13 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     store = _store_of(dequantize, attention, writes)
     return PackedSource(
         dequantize, cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype,  # type: ignore[arg-type]
-        tuple(beside), store, tuple(obstacles),
+        tuple(beside), own, store, tuple(obstacles),
     )  # fmt: skip
+
+
+def _own(dequantize: fx.Node) -> dict[str, fx.Node]:
+    """`own_k` and `own_v` of a `tq_dequantize`, if given."""
+    return {name: node for name, node in dequantize.kwargs.items() if node is not None}  # type: ignore[misc]
 
 
 def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Node | None:
@@ -103,6 +113,8 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
     if store.args[3:] != (seq_lens, k_rotation, v_rotation, kv_format, *beside):
         return None
     new_k, new_v = store.args[1:3]
+    if tuple(_own(dequantize).values()) not in ((), (new_k, new_v)):  # not those that it stores
+        return None
     if writes.between(store, attention, seq_lens, new_k, new_v):  # type: ignore[arg-type]
         return None
     node = dequantize.next

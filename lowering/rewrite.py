@@ -135,9 +135,10 @@ class _Rewriter:
         args: tuple[Any, ...]
         if store is not None:
             op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
+            named: dict[str, Any] = {"own": True} if source.own else {}
         else:
-            op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
-        self._replace(sdpa, op, (*args, *cache_args, *tail))
+            op, args, named = OPS.tq_decode.default, (sdpa.query, source.cache), source.own
+        self._replace(sdpa, op, (*args, *cache_args, *tail), named)
         graph = source.dequantize.graph
         for node in (*chain, source.dequantize):
             if not node.users:
@@ -145,12 +146,14 @@ class _Rewriter:
         if store is not None:
             graph.erase_node(store)
 
-    def _replace(self, sdpa: SDPANode, op: Any, args: tuple[Any, ...]) -> None:
+    def _replace(
+        self, sdpa: SDPANode, op: Any, args: tuple[Any, ...], named: dict[str, Any] | None = None
+    ) -> None:
         """Put an op in the place of the call, its result in the layout that SDPA gives."""
         graph, expected = sdpa.node.graph, value_of(sdpa.node)
         write = GraphWriter(graph, sdpa.node)
         with graph.inserting_before(sdpa.node):
-            result = _in_layout_of(expected, write.call(op, *args), write)
+            result = _in_layout_of(expected, write.call(op, *args, **(named or {})), write)
         sdpa.node.replace_all_uses_with(result)
         graph.erase_node(sdpa.node)
 

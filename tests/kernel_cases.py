@@ -86,6 +86,8 @@ DEQUANTIZE_INTERPRETED = [
     Case("k2v3", 16, lens=(20, 50), max_len=40, dtype=FP32, exact=(3, 5)),
     Case("k4v4", 24, 40, lens=(70, 2), max_len=90, dtype=FP16, exact=(4, 8), crop=3),
     Case("fp16", 16, lens=(20, 50), max_len=40, dtype=FP16),
+    Case("k4v4", 24, 40, q_len=33, lens=(40, 20), max_len=50, dtype=FP16, exact=(4, 8)),
+    Case("k2v3", 16, q_len=17, lens=(20, 50), max_len=40, dtype=FP32),  # the second row is overfull
 ]
 DECODE_INTERPRETED = [
     Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
@@ -108,6 +110,7 @@ DECODE_INTERPRETED = [
     Case("k2v2", 16, q_len=2, lens=(90, 33), mask="left", dtype=FP32, exact=(4, 16), crop=9),
     Case("k4v4", 16, heads=6, q_len=2, lens=(50, 20), max_len=40, dtype=FP32, exact=(4, 8)),  # overfull
     Case("k4v4", 32, q_len=2, lens=(70, 99), mask="bool", bounds="row", dtype=FP32, exact=(1, 20), crop=30),
+    Case("k4v3", 64, 128, 1, 1, q_len=18, lens=(129, 20), mask="bool", dtype=FP16, exact=(4, 8)),
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
@@ -145,7 +148,7 @@ DECODE_GPU = [
     *(
         Case(name, 128, heads=14, q_len=q, lens=(900, 60), max_len=1000, mask=mask, dtype=dtype)
         for name, dtype in (("k4v4", BF16), ("k3v3", FP16), ("k4v4", FP32), ("bf16", BF16))
-        for q, mask in ((1, "bool"), (5, "left"), (3, "float"), (1, "row"), (70, "none"))
+        for q, mask in ((1, "bool"), (5, "left"), (3, "float"), (1, "row"), (70, "none"), (70, "bool"))
     ),
     Case("fp16", 128, q_len=2, dtype=FP32),
     Case("bf16", 128, q_len=2, dtype=FP16),
@@ -233,6 +236,90 @@ APPEND_GPU = [
         for heads, q_len, lens in ((8, 1, (2000, 1, 65)), (14, 5, (2100, 5)), (2, 16, (3000, 17)))
     ),
     Case("bf16", heads=8, lens=(2000, 1), max_len=2100),
+]
+# A chunk of a prompt: more than `DECODE_TOKENS` queries, their own keys and values as they came.
+PREFILL_INTERPRETED = [
+    Case("k4v4", 64, heads=4, kv_heads=1, q_len=17, lens=(129, 17), dtype=FP16),  # the second: no prefix
+    Case(
+        "k3v2",
+        128,
+        64,
+        heads=1,
+        kv_heads=1,
+        q_len=33,
+        lens=(130, 66),
+        bounds="window",
+        sinks=True,
+        dtype=FP16,
+    ),
+    Case(
+        "k2v8", 64, 128, heads=2, kv_heads=1, q_len=17, lens=(81,), mask="left", dtype=FP16, exact=(4, 30)
+    ),
+    Case("k8v3", 64, heads=2, kv_heads=1, q_len=17, lens=(33, 50), mask="float", dtype=FP16, exact=(3, 0)),
+    Case("k4v4", 256, heads=1, kv_heads=1, q_len=18, lens=(97, 10), dtype=FP16),  # the second: not all fit
+    Case(
+        "k4v4", 80, 64, heads=2, kv_heads=1, q_len=17, lens=(33, 70), dtype=FP16, exact=(4, 32), sinks=True
+    ),
+    Case("k3v3", 80, heads=1, kv_heads=1, q_len=33, lens=(49, 40), mask="bool", bounds="row", dtype=FP32),
+    Case(
+        "k4v2", 512, heads=1, kv_heads=1, q_len=17, lens=(40, 20), max_len=50, bounds="shared", dtype=FP16
+    ),
+    Case(
+        "k4v4", 64, heads=1, kv_heads=1, q_len=20, lens=(50, 30), max_len=40, dtype=FP16
+    ),  # the first is overfull
+    Case("fp16", 24, 40, heads=2, q_len=17, lens=(50, 30), dtype=FP32),
+]
+PREFILL_GPU = [
+    *PREFILL_INTERPRETED,
+    *(
+        Case(name, dim, heads=heads, kv_heads=kv, q_len=q, lens=(900, q + 1, q), max_len=1000, exact=exact)
+        for name, dim in (
+            ("k4v4", 128),
+            ("k8v8", 64),
+            ("k2v2", 256),
+            ("k3v3", 128),
+            ("k4v4", 80),
+            ("k8v4", 512),
+        )
+        for heads, kv, q, exact in (
+            (1, 1, 17, (0, 0)),
+            (7, 1, 65, (4, 32)),
+            (8, 1, 129, (0, 0)),
+            (4, 2, 300, (2, 400)),
+        )
+    ),
+    *(
+        Case(
+            name,
+            dim,
+            heads=14,
+            q_len=q,
+            lens=(900, 330),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            sinks=True,
+            dtype=dtype,
+        )
+        for name, dim, dtype in (
+            ("k4v4", 128, BF16),
+            ("k3v2", 64, FP16),
+            ("k8v8", 256, BF16),
+            ("k4v4", 64, FP32),
+        )
+        for q, mask, b in (
+            (17, "bool", "none"),
+            (129, "left", "none"),
+            (65, "float", "row"),
+            (300, "none", "window"),
+        )
+    ),
+    *(Case(name, q_len=129, lens=(1007, 129), max_len=1024) for name in format_names()),
+    *(
+        Case("k4v4", q_len=200, lens=(900, 201), max_len=1000, keys=keys)
+        for keys in ("huge", "equal", "heavy")
+    ),
+    Case("k4v4", heads=32, kv_heads=8, q_len=1000, lens=(70000, 1000), max_len=70001),
 ]
 LARGE_GPU = [
     Case("k4v4", lens=(300,), max_len=17_000_000, dtype=FP16),

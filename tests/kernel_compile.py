@@ -13,6 +13,8 @@ import torch
 import triton
 from kernel_cases import BF16, FP16, FP32, Case
 from kernel_checks import empty_beside, garbage_cache, lengths, rotations
+from tq_inductor.kernels.append import append_and_attend
+from tq_inductor.kernels.bits import unpack_asm
 from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.decode_query import store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
@@ -63,6 +65,12 @@ def record_launches() -> list[tuple]:
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
             rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, fmt, 0.1, beside)
             attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, None, None, fmt, 4096, 0.1, beside)
+        for name, dim in (("k4v4", 128), ("k3v8", 256)):
+            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32))
+            cache, lens, turns = garbage_cache(case, "cpu"), lengths(case, "cpu"), rotations(case, "cpu")
+            q_rows, new = (torch.zeros(2, heads, 129, dim, dtype=BF16) for heads in (8, 2))
+            last = (None, None, None, case.format, 4096, 0.1, empty_beside(case), True)
+            append_and_attend(cache, q_rows, new, new, lens, *turns, *last)
         bounds = torch.zeros(2, 1, 2, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -84,6 +92,11 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     options = {name: kwargs[name] for name in names if name in kwargs}
     if "PDL" in kwargs:  # without a GPU to ask, launchers leave it out
         kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
+    if "K_ASM" in kwargs and not kernel.is_gluon():
+        native = target[0] == "cuda" and target[1] >= 89
+        asm = {f"{side}_ASM": unpack_asm(kwargs[f"{side}_BITS"]) if native else "" for side in "KV"}
+        asm["V_ASM"] = "" if kwargs["V_BITS"] == 8 else asm["V_ASM"]
+        kwargs = kwargs | asm
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
     signature, constants, attributes = {}, {}, {}
@@ -108,7 +121,11 @@ def main() -> int:
     """Compile every kernel for every target, a line each; 1 if one failed."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        variant = [str(kwargs[name]) for name in ("K_BITS", "V_BITS", "MASK", "ROTATION") if name in kwargs]
+        variant = [
+            str(kwargs[name])
+            for name in ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN")
+            if name in kwargs
+        ]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target, limit in TARGETS.items():

@@ -35,6 +35,10 @@ MAY_IMPORT = {
         *("kernels.bits", "kernels.decode_reduce", "kernels.warp_tiles"),
         *("beside", "format"),
     ],
+    "kernels.prefill": [
+        *("kernels.bits", "kernels.decode_reduce", "kernels.decode_warp", "kernels.varlen"),
+        *("beside", "format"),
+    ],
     "kernels.append": ["kernels.*", "beside", "format"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
     "kernels.*": ["kernels.bits", "beside", "codebook", "format"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .beside import Beside
+from .beside import Beside, Chunk
 from .format import KVFormat
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
@@ -12,6 +12,11 @@ _BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int
 _BESIDE_WRITTEN = (
     "Tensor(b!)? k_mean=None, Tensor(c!)? exact=None, Tensor(d!)? exact_from=None, int sink_tokens=0"
 )
+_OWN = "Tensor? own_k=None, Tensor? own_v=None"
+
+
+def _own(k: torch.Tensor | None, v: torch.Tensor | None) -> Chunk | None:
+    return None if k is None or v is None else (k, v)
 
 
 def _tq_store(
@@ -52,14 +57,16 @@ def _tq_dequantize(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if cache.is_cuda:
         from .kernels.dequantize import dequantize
     else:
         from .reference import dequantize
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
-    beside = Beside(k_mean, exact, exact_from, sink_tokens)
-    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside)
+    last = (Beside(k_mean, exact, exact_from, sink_tokens), _own(own_k, own_v))
+    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, *last)
 
 
 def _tq_dequantize_fake(
@@ -71,6 +78,7 @@ def _tq_dequantize_fake(
     max_len: int,
     dtype: torch.dtype,
     *beside: object,
+    **own: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, _ = cache.shape
     return (
@@ -95,15 +103,17 @@ def _tq_decode(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if cache.is_cuda:
         from .kernels.decode import decode
     else:
         from .reference import decode
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
-    beside = Beside(k_mean, exact, exact_from, sink_tokens)
+    last = (Beside(k_mean, exact, exact_from, sink_tokens), _own(own_k, own_v))
     return decode(
-        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside
+        q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, *last
     )
 
 
@@ -114,6 +124,7 @@ def _tq_decode_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     *rest: object,
+    **named: object,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
 
@@ -136,6 +147,7 @@ def _tq_append_attend(
     exact: torch.Tensor | None = None,
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
+    own: bool = False,
 ) -> torch.Tensor:
     if cache.is_cuda:
         from .kernels.append import append_and_attend
@@ -143,13 +155,13 @@ def _tq_append_attend(
         fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
         return append_and_attend(
             cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-            Beside(k_mean, exact, exact_from, sink_tokens),
+            Beside(k_mean, exact, exact_from, sink_tokens), own,
         )  # fmt: skip
     beside = (k_mean, exact, exact_from, sink_tokens)
     _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside)
     return _tq_decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale,
-        *beside,
+        *beside, *((k, v) if own else ()),
     )  # fmt: skip
 
 
@@ -162,6 +174,7 @@ def _tq_append_attend_fake(
     k_rotation: torch.Tensor,
     v_rotation: torch.Tensor,
     *rest: object,
+    **named: object,
 ) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
 
@@ -175,20 +188,21 @@ OPS = (
     ),
     (
         f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype,"
-        f" {_BESIDE}) -> (Tensor, Tensor)",
+        f" {_BESIDE}, {_OWN}) -> (Tensor, Tensor)",
         _tq_dequantize,
         _tq_dequantize_fake,
     ),
     (
         f"tq_decode(Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask,"
-        f" Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale, {_BESIDE}) -> Tensor",
+        " Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
+        f" {_BESIDE}, {_OWN}) -> Tensor",
         _tq_decode,
         _tq_decode_fake,
     ),
     (
         f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
         " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
-        f" {_BESIDE_WRITTEN}) -> Tensor",
+        f" {_BESIDE_WRITTEN}, bool own=False) -> Tensor",
         _tq_append_attend,
         _tq_append_attend_fake,
     ),

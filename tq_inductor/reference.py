@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
+from .beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside, Chunk
 from .codec import decode_vectors, encode_vectors, pack, unpack
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
 
@@ -56,11 +56,8 @@ def store(
             negative position, or past the end of the page, are skipped.
         beside: written too, as `beside` says; nothing for a lossless format.
     """
-    batch, _, new, _ = k.shape
-    page_size = fmt.page_size(cache.shape[-1])
-    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new)
-    rows, tokens = torch.nonzero((positions >= 0) & (positions < page_size), as_tuple=True)
-    slots = positions[rows, tokens]
+    new = k.shape[2]
+    rows, tokens, slots = _places(k, seq_lens, fmt.page_size(cache.shape[-1]))
     views = _planes(cache, fmt)
     new_k, new_v = k.transpose(1, 2)[rows, tokens], v.transpose(1, 2)[rows, tokens]  # [n, Hkv, D]
     if fmt.is_lossless:
@@ -79,6 +76,16 @@ def store(
     group, lane = slots // PAGE_ALIGNMENT, slots % PAGE_ALIGNMENT
     views["v_rows"][rows, :, group, :, lane] = pack(codes, fmt.v_bits)
     views["v_scales"][rows, :, slots] = scales
+
+
+def _places(
+    k: torch.Tensor, seq_lens: torch.Tensor, end: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where k `[B, Hkv, n, D]`, the last tokens of each row, lie: row, which of n, slot below `end`."""
+    batch, _, new, _ = k.shape
+    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new)
+    rows, tokens = torch.nonzero((positions >= 0) & (positions < end), as_tuple=True)
+    return rows, tokens, positions[rows, tokens]
 
 
 def take_mean(k_mean: torch.Tensor, k: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -128,10 +135,11 @@ def load(
     fmt: KVFormat,
     max_len: int,
     beside: Beside = NOTHING,
+    own: Chunk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `max_len` keys and values `[B, Hkv, max_len, D]` float32; zero past `seq_lens`.
 
-    See `store` for the arguments.
+    See `store` for the arguments. What `own` has is not read from the cache.
     """
     views = _planes(cache, fmt)
     slot = torch.arange(max_len, device=cache.device)
@@ -157,6 +165,10 @@ def load(
         )
         exact = beside.exact[rows, :, exact_slots(beside, tokens)].to(torch.float32)
         k[rows, :, tokens], v[rows, :, tokens] = exact.split([k.shape[-1], v.shape[-1]], -1)
+    if own is not None:
+        rows, tokens, slots = _places(own[0], seq_lens, max_len)
+        for x, new in zip((k, v), own, strict=True):
+            x[rows, :, slots] = new.transpose(1, 2)[rows, tokens].to(torch.float32)
     return torch.where(filled, k, 0.0), torch.where(filled, v, 0.0)
 
 
@@ -246,11 +258,12 @@ def dequantize(
     max_len: int,
     dtype: torch.dtype,
     beside: Beside = NOTHING,
+    own: Chunk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`, NaN if overfull."""
     filled = min(int(seq_lens.max()), max_len)
     outputs = []
-    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside):
+    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside, own):
         padded = F.pad(x.to(dtype), (0, 0, 0, max_len - filled))
         outputs.append(poison_overfull(padded, seq_lens, max_len))
     return outputs[0], outputs[1]
@@ -270,13 +283,17 @@ def decode(
     max_len: int,
     scale: float,
     beside: Beside = NOTHING,
+    own: Chunk | None = None,
 ) -> torch.Tensor:
-    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows."""
+    """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows.
+
+    `own`: the last tokens of each row as they came, which are then not read from the cache.
+    """
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
     end = _visible_range(visible).stop  # read no slot that nothing sees
-    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside)
+    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside, own)
     bias = None if bias is None else bias[..., :end]
     out = attention(q.to(torch.float32), k, v, visible[..., :end], scale, bias, sinks)
     return poison_overfull(out, seq_lens, max_len).to(q.dtype)
