@@ -345,8 +345,9 @@ def prefix_kernel(
         v_scale = tl.load(v_scale_ptr + slot, mask=known, other=0.0).to(tl.float32)
         # The weights carry the value scales, divided by the largest for the range of float16.
         new_largest = tl.maximum(largest, tl.max(tl.abs(v_scale), axis=0))
-        weights *= (v_scale / new_largest * WEIGHT_UNIT)[None, :]
-        acc = tl.dot(weights.to(tl.float16), v, acc * (decay * (largest / new_largest))[:, None])
+        unit = 1.0 / new_largest
+        weights *= (v_scale * unit * WEIGHT_UNIT)[None, :]
+        acc = tl.dot(weights.to(tl.float16), v, acc * (decay * (largest * unit))[:, None])
         largest = new_largest
 
     part = group_row * splits + split
