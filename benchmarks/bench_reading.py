@@ -2,9 +2,9 @@
 
     python benchmarks/bench_reading.py [--out FOLDER] [--commit NAME] [--device cpu]
 
-Every held-out module's beginning is read a few tokens at a time, so that the cache is really read (as in
-the demo). Writes `reading.json`: bits per byte and, per format, the mean difference to the bf16 cache with
-its bootstrap confidence interval over modules.
+Every held-out module's beginning is read a few tokens at a time, so that the cache is really read (a longer
+chunk would see itself as it came). Writes `reading.json`: bits per byte and, per format, the mean
+difference to the bf16 cache with its bootstrap confidence interval over modules.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def main() -> None:
             for module, text in texts.items():
                 ids = torch.tensor(list(text), device=args.device)[None]
                 cache = TurboQuantCache(model.config, BYTES_PER_MODULE, kv_format=name)
-                bits[name].append(read_in_chunks(model, ids, cache, progress, f"{name} {module}"))
+                label = f"{name} {module}"
+                bits[name].append(read_in_chunks(model, ids, cache, progress, label, DECODE_TOKENS))
     rows = {}
     for name in FORMATS:
         differences = [a - b for a, b in zip(bits[name], bits["bf16"], strict=True)]

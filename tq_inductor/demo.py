@@ -1,7 +1,7 @@
 """The demo: a small trained model reads a held-out text from a packed cache, then goes on writing.
 
-The text is read a few tokens at a time, so that all but the first chunk attend to what the cache decodes
-to; a one-pass prefill would attend to the raw keys and values and hide the cache's error.
+The text is read in chunks, so that every chunk but the first attends to what the cache decodes to, and to
+itself; a one-pass prefill would attend to the raw keys and values only and hide the cache's error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from .beside import DECODE_TOKENS
 from .cache import TurboQuantCache
 from .compiler import explain
 from .corpus import held_out_text
@@ -56,13 +55,19 @@ def load_demo_model(device: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def read_in_chunks(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, progress: Progress, label: str
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    progress: Progress,
+    label: str,
+    step: int = CHUNK,
 ) -> float:
-    """Bits per byte of `ids` `[1, n]`, `DECODE_TOKENS` at once after a first chunk that is not counted.
+    """Bits per byte of `ids` `[1, n]`, `step` at once after a first chunk that is not counted.
 
-    n is a multiple of `CHUNK`; the last `CHUNK` bytes are not read, only the first of them is predicted.
+    n is a multiple of `CHUNK`, and that of `step`. The last `CHUNK` bytes are not read, and only the first of
+    them is predicted.
     """
-    starts = [0, *range(CHUNK, ids.shape[1] - CHUNK + 1, DECODE_TOKENS)]
+    starts = [0, *range(CHUNK, ids.shape[1] - CHUNK + 1, step)]
     task = progress.add_task(label, total=len(starts) - 1)
     total = 0.0
     for start, end in pairwise(starts):
@@ -123,16 +128,14 @@ def run_demo(kv_format: str = "k4v4", device: str | None = None) -> dict[str, An
     for reading in readings:
         row = (f"{reading.cache_bytes:,}", f"{reading.bits_per_byte:.4f}", f"{reading.seconds:.1f}")
         table.add_row(reading.name, *row)
-    console.print(
-        f"\n{len(text):,} bytes of {TEXT}.py, which the model has never seen, {DECODE_TOKENS} at a time:"
-    )
+    console.print(f"\n{len(text):,} bytes of {TEXT}.py, which the model has never seen, {CHUNK} at a time:")
     console.print(table)
     ratio = readings[0].cache_bytes / readings[1].cache_bytes
     console.print(f"{ratio:.2f}x less memory; {per_token * 1000:.1f} ms per generated token. It wrote:\n")
     console.print(bytes(out[0, prompt.shape[1] :].tolist()).decode(errors="replace"), markup=False)
     return {
         "device": where,
-        "text": f"{TEXT}.py, {len(text)} bytes in chunks of {DECODE_TOKENS}",
+        "text": f"{TEXT}.py, {len(text)} bytes in chunks of {CHUNK}",
         "attention_calls": [len(report.rewritten), len(report.rows)],
         "readings": [asdict(reading) for reading in readings],
         "milliseconds_per_generated_token": round(per_token * 1000, 2),
