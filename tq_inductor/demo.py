@@ -64,7 +64,7 @@ def read_in_chunks(
 ) -> float:
     """Bits per byte of `ids` `[1, n]`, `step` at once after a first chunk that is not counted.
 
-    n is a multiple of `CHUNK`, and that of `step`. The last `CHUNK` bytes are not read, and only the first of
+    n is a multiple of `CHUNK`, and that of `step`. The last `CHUNK` bytes are not read; only the first of
     them is predicted.
     """
     starts = [0, *range(CHUNK, ids.shape[1] - CHUNK + 1, step)]
