@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tq_inductor import TurboQuantCache
+from tq_inductor.beside import DECODE_TOKENS
 from tq_inductor.demo import CHUNK
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -185,8 +186,8 @@ def test_a_balance_of_pairs_commutes_with_rope():
     assert torch.allclose(before, schemes.rope(x, positions, THETA) @ balance, atol=1e-4)
 
 
-# At most 16 tokens at once: of a longer chunk attention may get the chunk's own tokens as they came.
-@pytest.mark.parametrize("parts", [[CHUNK, *[16] * 8], [CHUNK, *[1] * 60]], ids=["chunks", "tokens"])
+# Of a longer chunk attention gets the chunk's own tokens as they came.
+@pytest.mark.parametrize("parts", [[CHUNK, *[DECODE_TOKENS] * 8], [CHUNK, *[1] * 60]], ids=["chunks", "tokens"])
 def test_the_harness_reads_what_a_turboquant_cache_gives(network, parts):
     ids = model.texts()[:2, : sum(parts)]
     # A chunk of queries has the exact tokens of its last one; one token at a time has all.
