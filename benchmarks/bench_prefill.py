@@ -1,14 +1,16 @@
-"""Prefill attention that PyTorch's SDPA can only do with a dense mask, on a GPU.
+"""Prefill attention that PyTorch's SDPA can only do with a dense mask, and over a packed prefix, on a GPU.
 
     python benchmarks/bench_prefill.py [--out FOLDER] [--commit NAME]
 
 Each case: our `attend` with bounds, SDPA with the mask and repeated KV heads (what transformers' graph
-asks of Inductor), and cuDNN with the mask. Writes `prefill.json`.
+asks of Inductor), and cuDNN with the mask. Each continuation: new tokens over a packed prefix, by
+`tq_append_attend`, over the same in 16 bits, and dequantized first. Writes `prefill.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from evidence import RESULTS, environment, replay_times, write_result
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from tq_inductor import ops  # noqa: F401  (defines torch.ops.tq_inductor)
+from tq_inductor import PackedKVCache
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+PREFIX, NEW_TOKENS = 28_672, (17, 128, 512, 4096)
+OPS = torch.ops.tq_inductor
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,62 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most memory that a call holds beyond what was held before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@torch.no_grad()
+def measure_continuation(new: int, kv_format: str = "k4v4") -> dict[str, Any]:
+    """Microseconds and peak memory of `new` tokens over a packed prefix of `PREFIX`, storing included."""
+    q, k, v = (
+        torch.randn(1, heads, n, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        for heads, n in ((HEADS, new), (KV_HEADS, PREFIX + new), (KV_HEADS, PREFIX + new))
+    )
+    cache = PackedKVCache(1, KV_HEADS, HEAD_DIM, PREFIX + new, kv_format=kv_format)
+    cache.append(k[:, :, :PREFIX], v[:, :, :PREFIX])
+    own = tuple(x[:, :, PREFIX:].clone() for x in (k, v))
+    cache.append(*own)
+    places = (cache.seq_length, cache.k_rotation, cache.v_rotation)
+    visible = (None, None, None, kv_format, PREFIX + new, HEAD_DIM**-0.5)
+    ends = PREFIX + 1 + torch.arange(new, device="cuda")
+    bounds = torch.stack((torch.zeros_like(ends), ends), -1)[None].int()
+
+    def packed() -> torch.Tensor:
+        return OPS.tq_append_attend(  # type: ignore[no-any-return]
+            cache.packed, q, *own, *places, *visible, *cache._beside, own=True
+        )
+
+    def over(backend: str, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if backend == "triton":
+            return OPS.attend(q, keys, values, None, bounds, None, HEAD_DIM**-0.5, backend)  # type: ignore[no-any-return]
+        plain = (None, None, None, "bottom-right", -1, 0, None)
+        return OPS.dense_attn(q, keys, values, *plain, HEAD_DIM**-0.5, backend)  # type: ignore[no-any-return]
+
+    def dequantized(backend: str) -> torch.Tensor:
+        OPS.tq_store(cache.packed, *own, *places, kv_format, *cache._beside)
+        return over(backend, *cache.read(PREFIX + new, own))
+
+    error = (packed() - over("triton", *cache.read(PREFIX + new, own))).abs().max().item()
+    row: dict[str, Any] = {"new_tokens": new, "prefix": PREFIX, "format": kv_format}
+    row["largest_difference"] = round(error, 5)
+    ways = {
+        "append_attend": packed,
+        "attend_16_bit": lambda: over("triton", k, v),
+        "flash_16_bit": lambda: over("torch_flash", k, v),
+        "dequantize_and_flash": lambda: dequantized("torch_flash"),
+    }
+    for name, way in ways.items():
+        row[name] = {**replay_times([way]), "peak_bytes": peak_bytes(way)}
+    print(row, flush=True)
+    return row
+
+
 def main() -> None:
     """Run all cases and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,10 +174,10 @@ def main() -> None:
     parser.add_argument("--commit", help="default: git's")
     args = parser.parse_args()
     rows = [measure(case) for case in CASES]
+    continuations = [measure_continuation(new) for new in NEW_TOKENS]
     what = "one prefill attention, 32/8 heads, D=128, bf16"
-    write_result(
-        "prefill", {"what": what, "environment": environment(args.commit), "cases": rows}, args.out
-    )
+    result = {"what": what, "environment": environment(args.commit), "cases": rows}
+    write_result("prefill", {**result, "continuations": continuations}, args.out)
 
 
 if __name__ == "__main__":

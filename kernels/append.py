@@ -28,16 +28,17 @@ def append_and_attend(
     beside: Beside = NOTHING,
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
+    own: bool = False,
 ) -> torch.Tensor:
-    """`store`, then `decode`."""
+    """`store`, then `decode`, if `own` with k and v as they came."""
     page = tokens_of_page(cache, fmt, block_table)
-    by_warps = takes(q, fmt, cache.shape[1], attn_mask, bounds, page)
+    by_warps = not own and takes(q, fmt, cache.shape[1], attn_mask, bounds, page)
     if q.numel() == 0 or q.shape[2] != k.shape[2] or not by_warps:
         store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table)
         visible = (attn_mask, bounds, sinks)
         return decode(
             q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, beside, softcap,
-            block_table,
+            block_table, own=(k, v) if own else None,
         )  # fmt: skip
     out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     with torch.cuda.device_of(q):

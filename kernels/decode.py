@@ -11,7 +11,8 @@ Three launches (two for a lossless format):
 3. `decode_reduce`: the partials of a query row are added up and rotated back, and joined by what they leave
    out: exact tokens, and slots past the length (keys of zeros).
 
-On a GPU that can, `decode_warp` takes the place of the first two for few rows without a mask.
+On a GPU that can, `decode_warp` takes the place of the first two for few rows without a mask; `prefill`
+does for many tokens, and attends to a chunk as it came.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..beside import NOTHING, Beside
+from ..beside import NOTHING, Beside, Chunk
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import (
     FP16_UNIT,
@@ -50,6 +51,7 @@ from .decode_reduce import (
 from .decode_rows import load_query, load_rows
 from .decode_warp import attend_by_warps, takes
 from .pages import TOGETHER, find_tokens, table_arguments, tokens_of_page
+from .prefill import attend_to_chunk, attend_to_prefix, takes_prefix
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
@@ -119,8 +121,8 @@ def decode_split_kernel(
     bounds_ptr, mask_ptr, table_ptr, partial_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, scale_stride_b,
     scale_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b,
-    mask_stride_h, mask_stride_t, mask_stride_n, table_stride_b, table_stride_n, q_len, max_len, splits,
-    scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
+    mask_stride_h, mask_stride_t, mask_stride_n, table_stride_b, table_stride_n, q_len, own, max_len,
+    splits, scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
     V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr,
@@ -145,7 +147,7 @@ def decode_split_kernel(
     filled = max_len
     if HAS_LENS:
         seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
-        filled = tl.minimum(seq_len, max_len).to(tl.int32)
+        filled = tl.minimum(seq_len - own, max_len).to(tl.int32)
     # A row sees slots low .. high - 1 (of those that the mask lets through); here, of packed tokens.
     low = tl.zeros([BLOCK_M], tl.int32)
     high = low + max_len
@@ -285,6 +287,7 @@ def decode(
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    own: Chunk | None = None,
 ) -> torch.Tensor:
     """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`.
 
@@ -295,9 +298,9 @@ def decode(
         return out
     bounds = expand_bounds(bounds, q)
     page = tokens_of_page(cache, fmt, block_table)
-    if takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
+    k_mean = None if softcap is None else beside.k_mean  # the reduction adds it otherwise
+    if own is None and takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
         with torch.cuda.device_of(q):
-            k_mean = None if softcap is None else beside.k_mean
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
             attend_by_warps(
                 out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
@@ -306,17 +309,25 @@ def decode(
         return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
-    visible = (block_table, page, attn_mask, bounds, sinks, max_len, scale, softcap, lse)
+    where, visible = (block_table, page), (attn_mask, bounds, sinks, max_len, scale, softcap, lse)
     with torch.cuda.device_of(q):
-        if fmt.is_lossless:
+        of_own = None
+        if own is not None:
+            of_own = attend_to_chunk(q, own, seq_lens, attn_mask, bounds, max_len, scale, softcap)
+        if takes_prefix(q, fmt, page):
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
+            attend_to_prefix(out, q, queries, cache, seq_lens, v_rotation, *visible, fmt, beside, of_own)
+        elif fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
-            _launch(out, q, q, None, k, v, fmt, None, seq_lens, None, *visible, NOTHING)
+            _launch(out, q, q, None, k, v, fmt, None, seq_lens, None, *where, *visible, NOTHING, of_own)
         else:
             k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
             scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
-            rotated = rotate(q, k_rotation, scale, None if softcap is None else beside.k_mean)
-            _launch(out, q, *rotated, k, v, fmt, scales, seq_lens, v_rotation, *visible, beside)
+            rotated = rotate(q, k_rotation, scale, k_mean)
+            _launch(
+                out, q, *rotated, k, v, fmt, scales, seq_lens, v_rotation, *where, *visible, beside, of_own
+            )
     return out
 
 
@@ -352,10 +363,12 @@ def _launch(
     block_table: torch.Tensor | None, page: int, attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
     softcap: float | None, lse: torch.Tensor | None, beside: Beside,
+    own: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> None:  # fmt: skip
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given.
 
-    If k and v are packed, q and `mean_scores` are `rotate`'s of `raw_q` and `scales` are given.
+    If k and v are packed, q and `mean_scores` are `rotate`'s of `raw_q` and `scales` are given. `own`: see
+    `reduce_splits`.
     """
     batch, heads, q_len, dim = q.shape
     dv, kv_heads = out.shape[3], k.shape[1]
@@ -403,7 +416,8 @@ def _launch(
         q if seq_lens is None else seq_lens,
         q if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
         partial, logs, *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2],
-        lens_stride, from_stride, *bounds_strides, *mask_strides, *table[1:], q_len, max_len, splits,
+        lens_stride, from_stride, *bounds_strides, *mask_strides, *table[1:], q_len,
+        0 if own is None else own[2], max_len, splits,
         scale, K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
@@ -418,5 +432,5 @@ def _launch(
         return
     reduce_splits(
         out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        beside, softcap, lse,
+        beside, softcap, lse, own=own,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The last step of split-KV decoding: add up the partial outputs of a query row, and what they leave out.
 
 Partials are of packed tokens, in the rotated space of the values, their scores less `q . mean` unless a
-softcap needed it before. Left out
-are exact tokens (`beside` says which), a sink of the head, and visible slots past the length, whose keys
-and values are zeros. A program takes one query row.
+softcap needed it before. Left out are exact tokens (`beside` says which), a sink of the head, and visible
+slots past the length, whose keys and values are zeros. A chunk that attends to itself as it came has one
+partial more, not rotated. A program takes one query row.
 
 Bytes: the partials, and the exact tokens of a KV head for each of its query rows, once from memory.
 """
@@ -119,11 +119,12 @@ def load_exact(ptr, slot, exists, dims, DIM: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def decode_reduce_kernel(
     partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lse_ptr, q_ptr, mean_ptr,
-    exact_ptr, exact_from_ptr, bounds_ptr, mask_ptr, lens_stride, from_stride, q_stride_b, q_stride_h,
-    q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h,
-    mask_stride_t, mask_stride_n, heads, splits, q_len, max_len, scale, ROTATION: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    exact_ptr, exact_from_ptr, bounds_ptr, mask_ptr, own_ptr, own_log_ptr, lens_stride, from_stride,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b,
+    mask_stride_h, mask_stride_t, mask_stride_n, heads, splits, q_len, own, max_len, scale,
+    HAS_OWN: tl.constexpr, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     RECENT: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
@@ -162,7 +163,8 @@ def decode_reduce_kernel(
         first_recent = tl.maximum(tl.minimum(first_recent, max_len), SINKS).to(tl.int32)
         exact_ptr += kv_row * (EXACT * WIDTH)
         i = tl.arange(0, BLOCK_E)
-        position, slot, exists = locate_exact(i, first_recent, filled, low, high, SINKS, RECENT)
+        before_own = tl.minimum(seq_len - own, max_len).to(tl.int32)
+        position, slot, exists = locate_exact(i, first_recent, before_own, low, high, SINKS, RECENT)
         k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
         v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
     if ROTATION == HADAMARD or ROTATION == SIGNS:  # noqa: SIM109
@@ -193,6 +195,12 @@ def decode_reduce_kernel(
         peak, total, decay = score_zeros(peak, total, mask_ptr, mask_stride_n, first, high, MASK, 1024)
         out *= decay
     extra = tl.zeros([BLOCK_D], tl.float32)  # in the space of the values as they came
+    if HAS_OWN:
+        own_log = tl.load(own_log_ptr + row + tl.arange(0, 1))
+        peak, total, decay, own_weight = join(peak, total, own_log)
+        out *= decay
+        own_part = tl.load(own_ptr + row * V_DIM + dims, mask=dims < V_DIM, other=0.0)
+        extra += own_part * tl.sum(own_weight, axis=0)
     if EXACT > 0:
         for start in range(0, EXACT, BLOCK_E):
             scores = squash(tl.sum(k.to(tl.float32) * q[None, :], axis=1), SOFTCAP)
@@ -208,7 +216,7 @@ def decode_reduce_kernel(
             out *= decay
             if EXACT > BLOCK_E:
                 i = start + BLOCK_E + tl.arange(0, BLOCK_E)
-                position, slot, exists = locate_exact(i, first_recent, filled, low, high, SINKS, RECENT)
+                position, slot, exists = locate_exact(i, first_recent, before_own, low, high, SINKS, RECENT)
                 k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
                 v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
     if HAS_LSE:
@@ -233,7 +241,8 @@ def decode_reduce_kernel(
             tl.store(out_ptr + columns, rotated.to(out_ptr.dtype.element_ty), mask=columns < V_DIM)
     else:
         if ROTATION == SIGNS:
-            out = out * first_column + extra
+            out = out * first_column
+        out += extra
         tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
 
 
@@ -263,15 +272,18 @@ def reduce_splits(
     softcap: float | None = None,
     lse: torch.Tensor | None = None,
     transformed: bool = False,
+    own: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`, and `lse` `[B, H, q]` if given, from partials `[B, Hkv, row, split, Dv]`.
 
     Rows are token-major. The partials are rotated if there is a rotation, or `transformed`: of the rotation
-    the signs are left. With a softcap their scores are whole: the mean is in them. `q` `[B, H, q, D]` as it
-    came, not rotated; `bounds` has a row for each row of the batch.
+    the signs are left. With a softcap their scores are whole: the mean is in them. `own`: partials
+    `[B, Hkv, row, Dv]`, not rotated, and logarithms of the last tokens, and how many these are. `q`
+    `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the batch.
     """
     batch, heads, q_len, dv = out.shape
     dim, splits = q.shape[3], partial.shape[3]
+    own_partial, own_logs, own_tokens = own or (partial, logs, 0)
     k_mean, exact, exact_from, sink_tokens = beside
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
     from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
@@ -291,9 +303,11 @@ def reduce_splits(
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks.contiguous(),
         out if v_rotation is None else v_rotation, out, out if lse is None else lse, q,
         out if k_mean is None else k_mean, out if exact is None else exact,
-        out if exact_from is None else exact_from, out if bounds is None else bounds, mask, lens_stride,
-        from_stride, *q.stride(), *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides,
-        heads, splits, q_len, max_len, scale, ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
+        out if exact_from is None else exact_from, out if bounds is None else bounds, mask, own_partial,
+        own_logs, lens_stride, from_stride, *q.stride(),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides,
+        heads, splits, q_len, own_tokens, max_len, scale, HAS_OWN=own is not None,
+        ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
         HAS_BOUNDS=bounds is not None, MASK=mask_kind, HAS_SINKS=sinks is not None,
         HAS_MEAN=k_mean is not None and softcap is None, HAS_LSE=lse is not None,
         SOFTCAP=softcap or 0.0, SINKS=sink_tokens, RECENT=beside.recent_tokens, K_DIM=dim, V_DIM=dv,

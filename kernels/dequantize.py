@@ -3,14 +3,15 @@
 Grid (batch rows x KV heads, tiles of 32 tokens, 2), the last axis keys and values. A tile decodes its
 rows and multiplies them by the transposed rotation, block by block; keys get their mean back, and exact
 tokens are read as they came. Without a page a key is NaN and a value zero. A tile past the length writes
-zeros without reading. Bytes: reads the packed cache up to the length, writes max_len vectors.
+zeros without reading. The last tokens, if they are given as they came, are written over it. Bytes: reads
+the packed cache up to the length, writes max_len vectors.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..beside import NOTHING, Beside
+from ..beside import NOTHING, Beside, Chunk
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import FP16_UNIT, load_centroids, magnitude_words, nan_if_overfull
 from .pages import find_tokens, table_arguments, tokens_of_page
@@ -153,6 +154,25 @@ def dequantize_lossless_kernel(
         copy_tile(row_ptr, out_ptr, tokens, missing, seq_len, max_len, 0.0, V_DIM)
 
 
+@triton.jit
+def copy_own_kernel(
+    own_ptr, seq_lens_ptr, out_ptr, stride_b, stride_h, stride_t, stride_d, lens_stride, heads, own,
+    max_len, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The last `own` tokens of each row to their slots of `out` [B, H, max_len, DIM]; no overfull row."""
+    row = tl.program_id(0).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + row // heads * lens_stride)
+    tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    slots = seq_len - own + tokens
+    exists = (tokens < own) & (slots >= 0) & (seq_len <= max_len)
+    mask = exists[:, None] & (dims < DIM)
+    own_ptr += row // heads * stride_b + row % heads * stride_h
+    x = tl.load(own_ptr + tokens[:, None] * stride_t + dims * stride_d, mask=mask, other=0.0)
+    out_ptr += (row * max_len + slots[:, None]) * DIM + dims
+    tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def dequantize(
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -163,8 +183,39 @@ def dequantize(
     dtype: torch.dtype,
     beside: Beside = NOTHING,
     block_table: torch.Tensor | None = None,
+    own: Chunk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`."""
+    """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`.
+
+    `own`: the last tokens of each row as they came, which are then returned so.
+    """
+    k, v = dequantize_stored(
+        cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside, block_table
+    )
+    lens_stride = seq_lens.expand(k.shape[0]).stride(0)
+    for x, new in zip((k, v), own or (), strict=False):
+        batch, heads, tokens, dim = new.shape
+        if x.numel() and tokens:
+            with torch.cuda.device_of(x):
+                copy_own_kernel[(batch * heads, triton.cdiv(tokens, 32))](
+                    new, seq_lens, x, *new.stride(), lens_stride, heads, tokens, max_len,
+                    DIM=dim, BLOCK_N=32,
+                )  # fmt: skip
+    return k, v
+
+
+def dequantize_stored(
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_rotation: torch.Tensor,
+    v_rotation: torch.Tensor,
+    fmt: KVFormat,
+    max_len: int,
+    dtype: torch.dtype,
+    beside: Beside,
+    block_table: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the packed bytes and what lies beside them say; see `dequantize`."""
     batch, kv_heads, page_bytes = cache.shape
     if block_table is not None:
         batch = block_table.shape[0]

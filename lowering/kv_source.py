@@ -4,11 +4,13 @@ A packed cache shows in a Dynamo graph as
 
     seq_length.add_(q)
     tq_store(cache, k, v, seq_length, k_rotation, v_rotation, format, *beside, table)
-    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside, table)
+    both = tq_dequantize(cache, seq_length, k_rotation, v_rotation, format, max_len, dtype, *beside, table,
+                         own_k=k, own_v=v)
     keys, values = both[0], both[1]
 
-`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache. All
-of it, and the block table, may be left out or given by name.
+`beside`, what is kept beside the packed bytes, are tensors that only the store writes, like the cache. The
+last two are given for chunks that attend to their own keys and values as they came. All of this, and the
+block table, may be left out or given by name.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class PackedSource:
 
     Attributes:
         dequantize: that node; its arguments are the fields below.
+        own: `own_k` and `own_v`, if given.
         store: the `tq_store` of this step's tokens, if attention can take it over.
         obstacles: why the packed bytes cannot be read at the attention call instead, if so.
     """
@@ -51,6 +54,7 @@ class PackedSource:
     dtype: torch.dtype
     beside: tuple[Any, ...]
     block_table: fx.Node | None
+    own: dict[str, fx.Node]
     store: fx.Node | None
     obstacles: tuple[str, ...]
 
@@ -79,10 +83,11 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     if (key.args[1], value.args[1]) != (0, 1):
         return None
     named = arguments_of(dequantize, OPS.tq_dequantize)
-    cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype, *beside, table = named.values()
+    cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype, *beside = named.values()
+    beside, table, own = beside[: len(BESIDE)], named["block_table"], _own(named)
     obstacles = [
         f"{node.name} changes the cache between its reading and the attention call"
-        for node in writes.between(dequantize, attention, cache, seq_lens, *beside, table)
+        for node in writes.between(dequantize, attention, cache, seq_lens, *beside, table, *own.values())
     ] + [
         f"{node.name} changes the keys or values that were read"
         for node in writes.between(dequantize, attention, key, value, sdpa.key, sdpa.value)
@@ -90,8 +95,13 @@ def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) 
     store = _store_of(dequantize, attention, writes)
     return PackedSource(
         dequantize, cache, seq_lens, k_rotation, v_rotation, kv_format, max_len, dtype,  # type: ignore[arg-type]
-        tuple(beside), table, store, tuple(obstacles),
+        tuple(beside), table, own, store, tuple(obstacles),
     )  # fmt: skip
+
+
+def _own(named: dict[str, Any]) -> dict[str, fx.Node]:
+    """`own_k` and `own_v` of the arguments of a `tq_dequantize`, if given."""
+    return {name: named[name] for name in ("own_k", "own_v") if named[name] is not None}
 
 
 def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Node | None:
@@ -117,6 +127,8 @@ def _store_of(dequantize: fx.Node, attention: fx.Node, writes: Writes) -> fx.Nod
     if any(stored[name] != named[name] for name in stored if name in named):
         return None
     new_k, new_v = store.args[1:3]
+    if tuple(_own(named).values()) not in ((), (new_k, new_v)):  # not those that it stores
+        return None
     if writes.between(store, attention, seq_lens, named["block_table"], new_k, new_v):  # type: ignore[arg-type]
         return None
     node = dequantize.next

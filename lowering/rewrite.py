@@ -151,9 +151,11 @@ class _Rewriter:
         args: tuple[Any, ...]
         if store is not None:
             op, args = OPS.tq_append_attend.default, (source.cache, sdpa.query, *store.args[1:3])
+            named: dict[str, Any] = {"own": True} if source.own else {}
         else:
-            op, args = OPS.tq_decode.default, (sdpa.query, source.cache)
-        self._replace(sdpa, op, (*args, *cache_args, *tail), **_softcap_of(sdpa), **_pages_of(source))
+            op, args, named = OPS.tq_decode.default, (sdpa.query, source.cache), source.own
+        named = {**_softcap_of(sdpa), **_pages_of(source), **named}
+        self._replace(sdpa, op, (*args, *cache_args, *tail), **named)
         graph = source.dequantize.graph
         for node in (*chain, source.dequantize):
             if not node.users:

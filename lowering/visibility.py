@@ -126,7 +126,7 @@ class Visibility:
         first = write.call(torch.where, seen, key, emit.size(KEY))
         upper = write.call("amax", last, -1, keepdim=True)
         lower = write.call("amin", first, -1, keepdim=True)
-        whole = ()
+        whole: tuple[fx.Node, ...] = ()
         if alike:
             held = write.call("sum", seen, -1, keepdim=True)
             no_gap = write.call(operator.eq, held, write.call(operator.sub, upper, lower))

@@ -102,6 +102,8 @@ DEQUANTIZE_INTERPRETED = [
     Case("k4v3", 80, 64, lens=(53, 0), max_len=60, dtype=FP32, page=16, hole=1),
     Case("k2v3", 16, lens=(90, 20), max_len=96, dtype=FP32, exact=(3, 5), crop=2, page=48, hole=0),
     Case("fp16", 20, 12, lens=(33, 80), max_len=70, dtype=FP16, page=32, hole=0),
+    Case("k4v4", 24, 40, q_len=33, lens=(40, 20), max_len=50, dtype=FP16, exact=(4, 8)),
+    Case("k2v3", 16, q_len=17, lens=(20, 50), max_len=40, dtype=FP32),  # the second row is overfull
 ]
 DECODE_INTERPRETED = [
     Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
@@ -141,6 +143,7 @@ DECODE_INTERPRETED = [
     ),
     Case("fp16", 48, 64, q_len=2, lens=(129, 1), dtype=FP16, page=80),
     Case("bf16", 20, q_len=2, lens=(60, 170), mask="float", dtype=FP32, page=16, hole=1),  # overfull
+    Case("k4v3", 64, 128, 1, 1, q_len=18, lens=(129, 20), mask="bool", dtype=FP16, exact=(4, 8)),
 ]
 ATTEND_INTERPRETED = [
     Case("", 20, 36, q_len=3, max_len=200, bounds="row", dtype=FP32),
@@ -211,7 +214,7 @@ DECODE_GPU = [
     *(
         Case(name, 128, heads=14, q_len=q, lens=(900, 60), max_len=1000, mask=mask, dtype=dtype)
         for name, dtype in (("k4v4", BF16), ("k3v3", FP16), ("k4v4", FP32), ("bf16", BF16))
-        for q, mask in ((1, "bool"), (5, "left"), (3, "float"), (1, "row"), (70, "none"))
+        for q, mask in ((1, "bool"), (5, "left"), (3, "float"), (1, "row"), (70, "none"), (70, "bool"))
     ),
     Case("fp16", 128, q_len=2, dtype=FP32),
     Case("bf16", 128, q_len=2, dtype=FP16),
@@ -389,6 +392,124 @@ APPEND_GPU = [
         )
         for name, exact in (("k4v4", (4, 32)), ("k8v8", (0, 0)), ("k3v3", (0, 0)), ("bf16", (0, 0)))
         for q, page, hole in ((1, 64, -1), (1, 128, 3), (5, 64, 0), (1, 16, 2), (3, 48, -1))
+    ),
+]
+# A chunk of a prompt: more than `DECODE_TOKENS` queries, their own keys and values as they came.
+PREFILL_INTERPRETED = [
+    Case("k4v4", 64, heads=4, kv_heads=1, q_len=17, lens=(129, 17), dtype=FP16),  # the second: no prefix
+    Case(
+        "k3v2",
+        128,
+        64,
+        heads=1,
+        kv_heads=1,
+        q_len=33,
+        lens=(130, 66),
+        bounds="window",
+        sinks=True,
+        dtype=FP16,
+    ),
+    Case(
+        "k2v8", 64, 128, heads=2, kv_heads=1, q_len=17, lens=(81,), mask="left", dtype=FP16, exact=(4, 30)
+    ),
+    Case("k8v3", 64, heads=2, kv_heads=1, q_len=17, lens=(33, 50), mask="float", dtype=FP16, exact=(3, 0)),
+    Case("k4v4", 256, heads=1, kv_heads=1, q_len=18, lens=(97, 10), dtype=FP16),  # the second: not all fit
+    Case(
+        "k4v4", 80, 64, heads=2, kv_heads=1, q_len=17, lens=(33, 70), dtype=FP16, exact=(4, 32), sinks=True
+    ),
+    Case("k3v3", 80, heads=1, kv_heads=1, q_len=33, lens=(49, 40), mask="bool", bounds="row", dtype=FP32),
+    Case(
+        "k4v2", 512, heads=1, kv_heads=1, q_len=17, lens=(40, 20), max_len=50, bounds="shared", dtype=FP16
+    ),
+    Case(
+        "k4v4", 64, heads=1, kv_heads=1, q_len=20, lens=(50, 30), max_len=40, dtype=FP16
+    ),  # the first is overfull
+    Case("fp16", 24, 40, heads=2, q_len=17, lens=(50, 30), dtype=FP32),
+    Case(
+        "k4v4", 64, heads=2, q_len=17, lens=(150, 60), mask="holes", bounds="scan", dtype=FP16, softcap=3.0
+    ),
+    Case("k4v4", 64, heads=2, q_len=17, lens=(90, 99), dtype=FP16, exact=(4, 40), softcap=2.0),
+    Case("k4v4", 64, heads=2, q_len=17, lens=(90, 99), dtype=FP16, exact=(2, 9), page=64, hole=0),
+    Case(
+        "k3v3", 80, heads=2, q_len=18, lens=(70, 81), dtype=FP16, mask="keys", page=32, hole=2, softcap=2.0
+    ),
+    Case("bf16", 24, heads=2, q_len=17, lens=(50, 30), dtype=FP32, bounds="window", page=16, softcap=5.0),
+]
+PREFILL_GPU = [
+    *PREFILL_INTERPRETED,
+    *(
+        Case(name, dim, heads=heads, kv_heads=kv, q_len=q, lens=(900, q + 1, q), max_len=1000, exact=exact)
+        for name, dim in (
+            ("k4v4", 128),
+            ("k8v8", 64),
+            ("k2v2", 256),
+            ("k3v3", 128),
+            ("k4v4", 80),
+            ("k8v4", 512),
+        )
+        for heads, kv, q, exact in (
+            (1, 1, 17, (0, 0)),
+            (7, 1, 65, (4, 32)),
+            (8, 1, 129, (0, 0)),
+            (4, 2, 300, (2, 400)),
+        )
+    ),
+    *(
+        Case(
+            name,
+            dim,
+            heads=14,
+            q_len=q,
+            lens=(900, 330),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            sinks=True,
+            dtype=dtype,
+        )
+        for name, dim, dtype in (
+            ("k4v4", 128, BF16),
+            ("k3v2", 64, FP16),
+            ("k8v8", 256, BF16),
+            ("k4v4", 64, FP32),
+        )
+        for q, mask, b in (
+            (17, "bool", "none"),
+            (129, "left", "none"),
+            (65, "float", "row"),
+            (300, "none", "window"),
+        )
+    ),
+    *(Case(name, q_len=129, lens=(1007, 129), max_len=1024) for name in format_names()),
+    *(
+        Case("k4v4", q_len=200, lens=(900, 201), max_len=1000, keys=keys)
+        for keys in ("huge", "equal", "heavy")
+    ),
+    Case("k4v4", heads=32, kv_heads=8, q_len=1000, lens=(70000, 1000), max_len=70001),
+    *(
+        Case(
+            name,
+            dim,
+            heads=8,
+            q_len=q,
+            lens=(900, 330),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            exact=exact,
+            softcap=cap,
+            page=page,
+            hole=hole,
+        )
+        for name, dim in (("k4v4", 128), ("k8v2", 64), ("k3v3", 256), ("bf16", 128))
+        for q, mask, b, exact, cap, page, hole in (
+            (17, "none", "none", (4, 32), 20.0, 0, -1),
+            (129, "holes", "scan", (0, 0), None, 0, -1),
+            (300, "keys", "scan", (0, 0), 5.0, 0, -1),
+            (129, "none", "none", (4, 32), None, 64, 0),
+            (65, "bool", "row", (0, 0), 5.0, 48, 18),
+        )
+        if name != "bf16" or not any(exact)
     ),
 ]
 LARGE_GPU = [

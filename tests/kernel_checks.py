@@ -36,6 +36,8 @@ from kernel_cases import (
     FP16,
     FP32,
     LARGE_GPU,
+    PREFILL_GPU,
+    PREFILL_INTERPRETED,
     STORE_GPU,
     STORE_INTERPRETED,
     VARLEN_GPU,
@@ -52,7 +54,7 @@ from tq_inductor.kernels.store_prompt import LEAST_TOKENS
 from tq_inductor.kernels.varlen import varlen_attention
 
 from tq_inductor import codec, reference, reference_attention
-from tq_inductor.beside import NOTHING, Beside
+from tq_inductor.beside import DECODE_TOKENS, NOTHING, Beside
 from tq_inductor.format import round_up
 from tq_inductor.reference_pages import has_no_page, rows_of
 from tq_inductor.rotation import rotation_matrix
@@ -247,14 +249,22 @@ def check_store(case: Case, device: str) -> None:
 
 
 def check_dequantize(case: Case, device: str) -> None:
-    """`reference.load` in the dtype asked for, zero past the lengths."""
+    """`reference.load` in the dtype asked for, zero past the lengths; long chunks as they came."""
     fmt, (cache, beside) = case.format, filled_cache(case, device)
+    own = None
+    if case.q_len > DECODE_TOKENS:
+        shape = (case.batch, case.kv_heads, case.q_len)
+        own = (
+            random_vectors((*shape, fmt.head_dim), case.dtype, device, "transposed"),
+            random_vectors((*shape, fmt.v_head_dim), case.dtype, device, "strided"),
+        )
     with nan_filled_memory():
         results = dequantize(
             cache, lengths(case, device), *rotations(case, device), fmt, case.max_len, case.dtype,
-            moved(beside, device), block_table(case, device),
+            moved(beside, device), block_table(case, device), own,
         )  # fmt: skip
-    lens, last = lengths(case, "cpu"), (beside, block_table(case, "cpu"))
+    own = None if own is None else (own[0].cpu(), own[1].cpu())
+    lens, last = lengths(case, "cpu"), (beside, block_table(case, "cpu"), own)
     expected = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
     for actual, wanted in zip(results, expected, strict=True):
         wanted = reference.poison_overfull(wanted, lens, case.max_len)
@@ -341,7 +351,10 @@ def check_decode(case: Case, device: str) -> None:
 
 
 def check_append(case: Case, device: str) -> None:
-    """What is stored is `store`'s, and the result, the same each time, is the attention over it."""
+    """What is stored is `store`'s, and the result, the same each time, is the attention over it.
+
+    Of more than `DECODE_TOKENS` tokens, over what was stored before and the tokens as they came.
+    """
     fmt, (cache, beside) = case.format, filled_cache(case, device)
     lens, turns = lengths(case, device), rotations(case, device)
     q, k, v = (
@@ -355,8 +368,11 @@ def check_append(case: Case, device: str) -> None:
     stored, stored_beside, beside = cache.clone(), moved(beside, device), moved(beside, device)
     table = block_table(case, device)
     store(stored, k, v, lens, *turns, fmt, stored_beside, table)
-    scale = 1.5 / case.dim**0.5
-    last = (None, None, None, fmt, case.max_len, scale, beside, case.softcap, table)
+    scale, own = 1.5 / case.dim**0.5, case.q_len > DECODE_TOKENS
+    mask = make_mask(case)
+    bounds, sinks = make_bounds(case, mask), make_sinks(case)
+    visible = on(device, mask, bounds, sinks)
+    last = (*visible, fmt, case.max_len, scale, beside, case.softcap, table, own)
     with nan_filled_memory():
         actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
     again = append_and_attend(cache, q, k, v, lens, *turns, *last)
@@ -364,11 +380,14 @@ def check_append(case: Case, device: str) -> None:
     assert torch.equal(cache, stored)
     for mine, other in zip(beside[:3], stored_beside[:3], strict=True):
         assert mine is None or torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)), "beside"
-    lens, last = lens.cpu(), (moved(beside, "cpu"), block_table(case, "cpu"))
+    lens, own_tokens = lens.cpu(), (k.cpu(), v.cpu()) if own else None
+    last = (moved(beside, "cpu"), block_table(case, "cpu"), own_tokens)
     keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
-    bounds = reference.last_tokens(lens, case.batch, case.q_len)
-    expected, _ = float64_attention(q, keys, values, None, bounds, None, scale, case.softcap)
-    assert_close(actual, reference.poison_overfull(expected, lens, case.max_len), case.dtype)
+    if mask is None and bounds is None:
+        bounds = reference.last_tokens(lens, case.batch, case.q_len)
+    expected, _ = float64_attention(q, keys, values, mask, bounds, sinks, scale, case.softcap)
+    expected = reference.poison_overfull(expected, lens, case.max_len)
+    assert_close(actual, expected, case.dtype, roundings=2 if own else 1)  # the weights of the chunk
 
 
 def check_large(case: Case, device: str) -> None:
@@ -461,6 +480,7 @@ GROUPS = {
     "dequantize": (check_dequantize, DEQUANTIZE_INTERPRETED, DEQUANTIZE_GPU),
     "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
     "append": (check_append, APPEND_INTERPRETED, APPEND_GPU),
+    "prefill": (check_append, PREFILL_INTERPRETED, PREFILL_GPU),
     "large": (check_large, [], LARGE_GPU),
     "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
     "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),

@@ -13,6 +13,8 @@ import torch
 import triton
 from kernel_cases import BF16, FP16, FP32, Case
 from kernel_checks import block_table, empty_beside, garbage_cache, lengths, rotations
+from tq_inductor.kernels.append import append_and_attend
+from tq_inductor.kernels.bits import unpack_asm
 from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.decode_query import store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
@@ -82,6 +84,18 @@ def record_launches() -> list[tuple]:
             cache, lens, fmt = garbage_cache(case, "cpu"), lengths(case, "cpu"), case.format
             arguments = (cache, new_k, new_v, lens, *rotations(case, "cpu"), fmt, empty_beside(case), None)
             store_prompt(*store_arguments(*arguments), new_k, fmt)
+        bounds = torch.zeros(2, 129, 4, dtype=torch.int32)
+        for name, dim, visible, cap, page in (
+            ("k4v4", 128, (None, None), None, 0),
+            ("k4v4", 128, (mask, bounds), 50.0, 0),
+            ("k3v8", 256, (None, None), None, 0),
+            ("k4v4", 128, (None, None), None, 64),
+        ):
+            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32), page=page)
+            cache, lens, turns = garbage_cache(case, "cpu"), lengths(case, "cpu"), rotations(case, "cpu")
+            q_rows, new = (torch.zeros(2, heads, 129, dim, dtype=BF16) for heads in (8, 2))
+            last = (case.format, 4096, 0.1, empty_beside(case), cap, block_table(case, "cpu"), True)
+            append_and_attend(cache, q_rows, new, new, lens, *turns, *visible, None, *last)
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
@@ -103,6 +117,11 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     options = {name: kwargs[name] for name in names if name in kwargs}
     if "PDL" in kwargs:  # without a GPU to ask, launchers leave it out
         kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
+    if "K_ASM" in kwargs and not kernel.is_gluon():
+        native = target[0] == "cuda" and target[1] >= 89
+        asm = {f"{side}_ASM": unpack_asm(kwargs[f"{side}_BITS"]) if native else "" for side in "KV"}
+        asm["V_ASM"] = "" if kwargs["V_BITS"] == 8 else asm["V_ASM"]
+        kwargs = kwargs | asm
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name not in options}
     signature, constants, attributes = {}, {}, {}
@@ -127,7 +146,8 @@ def main() -> int:
     """Compile every kernel for every target, a line each; 1 if one failed."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
+        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN")
+        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0

@@ -246,14 +246,14 @@ def test_refuses_dropout_and_gradients():
     assert "a gradient is needed" in "; ".join(report.rows[0].not_chosen["turboquant"])
 
 
-def test_long_chunks_are_dequantized():
-    call = AttentionCall(
-        1, 512, 4096, 32, 8, 128, 128, torch.bfloat16, "cuda", (9, 0), "bool", kv_format="k4v4"
-    )
-    choice = select(call)
-    assert choice.backend == "sdpa"
-    assert "q_len=512 (at most 128)" in choice.not_chosen["turboquant"][0]
+@pytest.mark.parametrize("q_len", [17, 129, 512, 100_000, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_chunks_of_any_length_read_the_packed_bytes(q_len, dtype):
+    call = AttentionCall(1, q_len, 4096, 32, 8, 128, 128, dtype, "cuda", (9, 0), "bool", kv_format="k4v4")
     assert call.phase == "prefill"
+    assert select(call).backend == "turboquant"
+    refused = select(dataclasses.replace(call, mask="none"))
+    assert "no attn_mask" in refused.not_chosen["turboquant"][0]
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])

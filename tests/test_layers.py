@@ -48,6 +48,10 @@ MAY_IMPORT = {
         *("kernels.warp_hadamard", "kernels.warp_tiles"),
         *("beside", "format"),
     ],
+    "kernels.prefill": [
+        *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.varlen"),
+        *("beside", "format"),
+    ],
     "kernels.append": ["kernels.*", "beside", "format"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
     "kernels.*": ["kernels.bits", "kernels.pages", "beside", "codebook", "format"],

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from tq_inductor import TurboQuantCache
+from tq_inductor.beside import DECODE_TOKENS
 from tq_inductor.demo import CHUNK
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -175,11 +176,13 @@ def test_a_balance_of_pairs_commutes_with_rope():
     assert torch.allclose(before, schemes.rope(x, positions, THETA) @ balance, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [[CHUNK] * 3, [CHUNK, *[1] * 60]], ids=["chunks", "tokens"])
+@pytest.mark.parametrize(
+    "parts", [[CHUNK, *[DECODE_TOKENS] * 12], [CHUNK, *[1] * 60]], ids=["chunks", "tokens"]
+)
 def test_the_harness_reads_what_a_turboquant_cache_gives(network, parts):
     ids = model.texts()[:2, : sum(parts)]
     # A chunk of queries has the exact tokens of its last one; one token at a time has all.
-    exact_tokens = (0, 0) if parts[1] == CHUNK else (4, 32)
+    exact_tokens = (0, 0) if parts[1] > 1 else (4, 32)
     reader = model.Reader(lists.cached("k4v4", *exact_tokens), network, [])
     found = model.log_probabilities(network, ids, quality_reader=reader)
     network.config._attn_implementation = "sdpa"

@@ -20,6 +20,9 @@ are right after it, however often tokens were appended and taken back: they were
 below n), or it wrote them; and what it overwrote was the copy of a position lower by a multiple of
 `recent_tokens`, so below m - recent_tokens. Taking tokens back changes `length` only, which leaves fewer
 copies to be right. Setting `exact_from` a second time changes nothing, so many programs may set it at once.
+
+**The chunk itself** (`Chunk`) is kept by nobody: its keys and values are there when it is appended, so a
+chunk of more than `DECODE_TOKENS` tokens attends to them as they came, and to those before from the bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +33,13 @@ import torch
 
 MEAN_TOKENS = 1024  # at most, of a first chunk, that the mean is taken from
 LEAST_MEAN_TOKENS = 16  # a chunk of fewer leaves it zero: it may then add more error than it removes
+# A chunk of at most as many attends to what its own codes decode to: decoding token by token, and checking
+# the same tokens at once in speculative decoding, then see the same keys and values.
+DECODE_TOKENS = 16
+
+Chunk = tuple[
+    torch.Tensor, torch.Tensor
+]  # k, v `[B, Hkv, n, D]`: the last n tokens of each row, as they came
 
 
 class Beside(NamedTuple):

@@ -1,7 +1,7 @@
 """The layers of a `TurboQuantCache`: packed ones for full attention, 16-bit ones for sliding windows.
 
 A layer is right by itself, compiled or not: a packed layer's first chunk attends to the raw keys and
-values, later ones to what the packed bytes decode to.
+values, later ones to what the packed bytes decode to, and if they are long to their own as they came.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The demo: a small trained model reads a held-out text from a packed cache, then goes on writing.
 
-The text is read in chunks, so that every chunk but the first attends to what the cache decodes to; a
-one-pass prefill would attend to the raw keys and values and hide the cache's error.
+The text is read in chunks, so that every chunk but the first attends to what the cache decodes to, and to
+itself; a one-pass prefill would attend to the raw keys and values only and hide the cache's error.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from .format import KVFormat
 
 MODEL = Path(__file__).parent / "demo_model"
 TEXT = "configparser"  # a held-out module of the standard library
-CHUNK = 128  # bytes; also tokens: the model reads bytes
-NUM_CHUNKS = 25
+CHUNK = 128  # bytes of the first chunk; also tokens: the model reads bytes
+TEXT_BYTES = 25 * CHUNK
 MAX_LEN = 4096
 NEW_TOKENS = 240
 
@@ -54,17 +55,24 @@ def load_demo_model(device: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def read_in_chunks(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, progress: Progress, label: str
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    progress: Progress,
+    label: str,
+    step: int = CHUNK,
 ) -> float:
-    """Bits per byte of `ids` `[1, n]` read chunk by chunk; the first chunk's are not counted.
+    """Bits per byte of `ids` `[1, n]`, `step` at once after a first chunk that is not counted.
 
-    n is a multiple of `CHUNK`; the last chunk is only predicted into, not read.
+    n is a multiple of `CHUNK`, and that of `step`. The last `CHUNK` bytes are not read; only the first of
+    them is predicted.
     """
-    task = progress.add_task(label, total=ids.shape[1] // CHUNK - 1)
+    starts = [0, *range(CHUNK, ids.shape[1] - CHUNK + 1, step)]
+    task = progress.add_task(label, total=len(starts) - 1)
     total = 0.0
-    for start in range(0, ids.shape[1] - CHUNK, CHUNK):
-        logits = model(ids[:, start : start + CHUNK], past_key_values=cache).logits
-        targets = ids[:, start + 1 : start + CHUNK + 1]
+    for start, end in pairwise(starts):
+        logits = model(ids[:, start:end], past_key_values=cache).logits
+        targets = ids[:, start + 1 : end + 1]
         loss = F.cross_entropy(logits[0].float(), targets[0], reduction="sum")
         total += loss.item() if start else 0.0
         progress.advance(task)
@@ -80,7 +88,7 @@ def run_demo(kv_format: str = "k4v4", device: str | None = None) -> dict[str, An
     config = model.config
     console.print(f"[bold]tq_inductor demo[/] on {where}, torch {torch.__version__}")
     console.print(KVFormat(kv_format, config.head_dim).describe())
-    text = held_out_text()[TEXT][: NUM_CHUNKS * CHUNK]
+    text = held_out_text()[TEXT][:TEXT_BYTES]
     ids = torch.tensor(list(text), device=device)[None]
 
     cache = TurboQuantCache(config, MAX_LEN, kv_format=kv_format)

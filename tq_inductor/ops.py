@@ -32,6 +32,8 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   count in it, as in FlashAttention-3 and FlashInfer: of parts that are merged by it only one may have them.
 - `k_mean`, `exact`, `exact_from`, `sink_tokens`: what a packed cache keeps beside its bytes (`beside` says
   what they hold and when a store changes them); absent for a lossless format.
+- `own_k`, `own_v` of `tq_dequantize` and `tq_decode`, `[B, Hkv, n, D]`: the last n tokens of each row as
+  they came, which are then not read from the cache. `own` of `tq_append_attend`: whether k and v are that.
 - `attend`: q `[B, H, q, D]`, k `[B, Hkv, L, D]`, v `[B, Hkv, L, Dv]` in 16 or 32 bits, read only within
   `bounds`; `backend` names the attention backend.
 - `dense_attn`: q, k and v as for `attend`, by the attention backend named `backend`. What is visible is

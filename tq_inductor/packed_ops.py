@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .beside import Beside
+from .beside import Beside, Chunk
 from .format import KVFormat
 from .op_checks import check_block_table, check_softcap
 
@@ -17,8 +17,12 @@ _BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int
 _BESIDE_WRITTEN = (
     "Tensor(b!)? k_mean=None, Tensor(c!)? exact=None, Tensor(d!)? exact_from=None, int sink_tokens=0"
 )
-
 _LAST = "float? softcap=None, Tensor? block_table=None"
+_OWN = "Tensor? own_k=None, Tensor? own_v=None"
+
+
+def _own(k: torch.Tensor | None, v: torch.Tensor | None) -> Chunk | None:
+    return None if k is None or v is None else (k, v)
 
 
 def _tq_store(
@@ -62,6 +66,8 @@ def _tq_dequantize(
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
     block_table: torch.Tensor | None = None,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     if block_table is not None:
@@ -70,8 +76,8 @@ def _tq_dequantize(
         from .kernels.dequantize import dequantize
     else:
         from .reference import dequantize
-    beside = Beside(k_mean, exact, exact_from, sink_tokens)
-    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, beside, block_table)
+    last = (Beside(k_mean, exact, exact_from, sink_tokens), block_table, _own(own_k, own_v))
+    return dequantize(cache, seq_lens, k_rotation, v_rotation, fmt, max_len, dtype, *last)
 
 
 def _tq_dequantize_fake(
@@ -87,6 +93,8 @@ def _tq_dequantize_fake(
     exact_from: torch.Tensor | None = None,
     sink_tokens: int = 0,
     block_table: torch.Tensor | None = None,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads = (cache if block_table is None else block_table).shape[0], cache.shape[1]
     return (
@@ -113,6 +121,8 @@ def _tq_decode(
     sink_tokens: int = 0,
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_softcap(softcap)
@@ -125,7 +135,7 @@ def _tq_decode(
     beside = Beside(k_mean, exact, exact_from, sink_tokens)
     return decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside,
-        softcap, block_table, lse,
+        softcap, block_table, lse, _own(own_k, own_v),
     )  # fmt: skip
 
 
@@ -173,6 +183,7 @@ def _tq_append_attend(
     sink_tokens: int = 0,
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
+    own: bool = False,
 ) -> torch.Tensor:
     check_softcap(softcap)
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
@@ -182,13 +193,13 @@ def _tq_append_attend(
 
         return append_and_attend(
             cache, q, k, v, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-            Beside(k_mean, exact, exact_from, sink_tokens), softcap, block_table,
+            Beside(k_mean, exact, exact_from, sink_tokens), softcap, block_table, own,
         )  # fmt: skip
     beside = (k_mean, exact, exact_from, sink_tokens)
     _tq_store(cache, k, v, seq_lens, k_rotation, v_rotation, kv_format, *beside, block_table)
     return _tq_decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, kv_format, max_len, scale,
-        *beside, softcap, block_table,
+        *beside, softcap, block_table, *((k, v) if own else ()),
     )  # fmt: skip
 
 
@@ -208,7 +219,7 @@ def _tq_append_attend_fake(
 
 _DECODE_ARGS = (
     f"Tensor q, Tensor cache, {_CACHE_ARGS}, Tensor? attn_mask, Tensor? bounds, Tensor? sinks,"
-    f" str kv_format, SymInt max_len, float scale, {_BESIDE}, {_LAST}"
+    f" str kv_format, SymInt max_len, float scale, {_BESIDE}, {_LAST}, {_OWN}"
 )
 
 OPS = (
@@ -220,7 +231,7 @@ OPS = (
     ),
     (
         f"tq_dequantize(Tensor cache, {_CACHE_ARGS}, str kv_format, SymInt max_len, ScalarType dtype,"
-        f" {_BESIDE}, Tensor? block_table=None) -> (Tensor, Tensor)",
+        f" {_BESIDE}, Tensor? block_table=None, {_OWN}) -> (Tensor, Tensor)",
         _tq_dequantize,
         _tq_dequantize_fake,
     ),
@@ -229,7 +240,7 @@ OPS = (
     (
         f"tq_append_attend(Tensor(a!) cache, Tensor q, Tensor k, Tensor v, {_CACHE_ARGS},"
         " Tensor? attn_mask, Tensor? bounds, Tensor? sinks, str kv_format, SymInt max_len, float scale,"
-        f" {_BESIDE_WRITTEN}, {_LAST}) -> Tensor",
+        f" {_BESIDE_WRITTEN}, {_LAST}, bool own=False) -> Tensor",
         _tq_append_attend,
         _tq_append_attend_fake,
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .beside import NOTHING, Beside
+from .beside import NOTHING, Beside, Chunk
 from .codec import decode_vectors, encode_vectors, pack, unpack
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
 from .reference_beside import copy_exact, exact_slots, take_mean
@@ -61,12 +61,8 @@ def store(
         block_table: `[B, n]` int32: token p of a row lies in page `block_table[row, p // page_size]`; -1:
             there is none.
     """
-    batch, _, new, _ = k.shape
-    page_size = fmt.page_size(cache.shape[-1])
-    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new)
-    inside = (positions >= 0) & (positions < capacity(block_table, page_size))
-    rows, tokens = torch.nonzero(inside, as_tuple=True)
-    positions = positions[rows, tokens]
+    new, page_size = k.shape[2], fmt.page_size(cache.shape[-1])
+    rows, tokens, positions = _places(k, seq_lens, capacity(block_table, page_size))
     views = _planes(cache, fmt)
     new_k, new_v = k.transpose(1, 2)[rows, tokens], v.transpose(1, 2)[rows, tokens]  # [n, Hkv, D]
     if beside.exact_from is not None:
@@ -89,6 +85,16 @@ def store(
     views["v_scales"][pages, :, slots] = scales
 
 
+def _places(
+    k: torch.Tensor, seq_lens: torch.Tensor, end: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where k `[B, Hkv, n, D]`, the last tokens of each row, lie: row, which of n, position below `end`."""
+    batch, _, new, _ = k.shape
+    positions = seq_lens.expand(batch)[:, None] - new + torch.arange(new)
+    rows, tokens = torch.nonzero((positions >= 0) & (positions < end), as_tuple=True)
+    return rows, tokens, positions[rows, tokens]
+
+
 def load(
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -98,11 +104,12 @@ def load(
     max_len: int,
     beside: Beside = NOTHING,
     block_table: torch.Tensor | None = None,
+    own: Chunk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `max_len` keys and values `[B, Hkv, max_len, D]` float32; zero past `seq_lens`.
 
     A token without a page has a key of NaN, so that a query that sees it gives NaN, and a value of zero, so
-    that others do not. See `store` for the arguments.
+    that others do not. What `own` has is not read from the cache. See `store` for the arguments.
     """
     views = {name: rows_of(plane, block_table) for name, plane in _planes(cache, fmt).items()}
     batch = cache.shape[0] if block_table is None else block_table.shape[0]
@@ -132,6 +139,10 @@ def load(
         )
         exact = beside.exact[rows, :, exact_slots(beside, tokens)].to(torch.float32)
         k[rows, :, tokens], v[rows, :, tokens] = exact.split([k.shape[-1], v.shape[-1]], -1)
+    if own is not None:
+        rows, tokens, slots = _places(own[0], seq_lens, max_len)
+        for x, new in zip((k, v), own, strict=True):
+            x[rows, :, slots] = new.transpose(1, 2)[rows, tokens].to(torch.float32)
     return torch.where(filled, k, 0.0), torch.where(filled, v, 0.0)
 
 
@@ -237,11 +248,12 @@ def dequantize(
     dtype: torch.dtype,
     beside: Beside = NOTHING,
     block_table: torch.Tensor | None = None,
+    own: Chunk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`, NaN if overfull."""
     filled = min(int(seq_lens.max()), max_len)
     outputs = []
-    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside, block_table):
+    for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside, block_table, own):
         padded = F.pad(x.to(dtype), (0, 0, 0, max_len - filled))
         outputs.append(poison_overfull(padded, seq_lens, max_len))
     return outputs[0], outputs[1]
@@ -264,16 +276,18 @@ def decode(
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    own: Chunk | None = None,
 ) -> torch.Tensor:
     """Attention of q `[B, H, q, D]` over a packed cache -> `[B, H, q, Dv]`; NaN in overfull rows.
 
-    `lse` `[B, H, q]` float32 is filled, if given, with `attention_and_lse`'s logarithm.
+    `lse` `[B, H, q]` float32 is filled, if given, with `attention_and_lse`'s logarithm. `own`: the last
+    tokens of each row as they came, which are then not read from the cache.
     """
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
     end = _visible_range(visible).stop  # read no slot that nothing sees
-    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside, block_table)
+    k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside, block_table, own)
     bias = None if bias is None else bias[..., :end]
     out, log = attention_and_lse(q.float(), k, v, visible[..., :end], scale, bias, sinks, softcap)
     if lse is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
-from .beside import Beside
+from .beside import DECODE_TOKENS, Beside, Chunk
 from .errors import CacheFullError, CacheMismatchError
 from .format import KVFormat, round_up
 from .rotation import rotation_matrix
@@ -71,13 +71,14 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k, v, new_k, new_v):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        ctx.new_tokens = new_k.shape[2]
         return k.view_as(k), v.view_as(v)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN205
         # An op, so that Dynamo can trace this and the error comes only if a backward really runs.
-        refused = torch.ops.tq_inductor.tq_refuse_backward(grads[0])
-        return None, None, refused, refused
+        refused = [torch.ops.tq_inductor.tq_refuse_backward(grad) for grad in grads]
+        return None, None, *(grad[:, :, : ctx.new_tokens] for grad in refused)
 
 
 class PackedStorage:
@@ -176,21 +177,31 @@ class PackedStorage:
             *self._beside,
         )  # fmt: skip
 
-    def read(self, kv_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `kv_length` keys and values, `[B, Hkv, kv_length, D]`; zero past those held."""
+    def read(self, kv_length: int, own: Chunk | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `kv_length` keys and values, `[B, Hkv, kv_length, D]`; zero past those held.
+
+        `own`: the last tokens as they came, to be returned instead of what their codes decode to.
+        """
+        given = {} if own is None else {"own_k": own[0], "own_v": own[1]}
         k, v = torch.ops.tq_inductor.tq_dequantize(
             self.packed, self.seq_length, self.k_rotation, self.v_rotation,
-            self.format.name, kv_length, self.dtype, *self._beside,
+            self.format.name, kv_length, self.dtype, *self._beside, **given,
         )  # fmt: skip
         return k, v
 
     def append_and_read(
         self, k: torch.Tensor, v: torch.Tensor, kv_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`append`, then `read`; a backward through what it returns is an error."""
+        """`append`, then `read`; a backward through what it returns is an error.
+
+        Of more than `DECODE_TOKENS` new tokens it returns k and v themselves, of others what is stored.
+        """
         self.append(k, v)
-        keys, values = self.read(kv_length)
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        stays_raw = k.shape[2] > DECODE_TOKENS and not self.format.is_lossless
+        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        own = (k.detach(), v.detach()) if needs_grad else (k, v)
+        keys, values = self.read(kv_length, own if stays_raw else None)
+        if needs_grad:
             keys, values = _NoBackward.apply(keys, values, k, v)
         return keys, values
 

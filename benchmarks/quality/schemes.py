@@ -83,8 +83,9 @@ def through_cache(
     """
     batch, heads, length, dim = k.shape
     cache = PackedKVCache(batch, heads, dim, length, kv_format=name, dtype=torch.float32, device="cpu")
-    read = cache.update(k[:, :, :chunk], v[:, :, :chunk])
-    return cache.update(k[:, :, chunk:], v[:, :, chunk:]) if chunk < length else read
+    for part in (slice(chunk), slice(chunk, None)):
+        cache.append(k[:, :, part], v[:, :, part])
+    return cache.read(length)
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from .call import AttentionCall
 
-MAX_QUERIES = 128  # more of them read packed bytes, or a mask that is no interval, too often
+MAX_QUERIES = 128  # more of them read a mask that is no interval too often
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOWEST_CAPABILITY = (8, 0)
 

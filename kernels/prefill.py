@@ -1,0 +1,435 @@
+"""Attention of many new tokens over a packed cache: what `decode` launches for chunks of a prompt.
+
+- `chunk_kernel`: the queries over their own chunk, whose keys and values are there as they came. Any dtype
+  and head dimension; flash attention, of which a row block stops where its last row does.
+- `prefix_kernel`: the queries over the packed tokens before it. A tile is unpacked once for 64 or 128 query
+  rows, into the float16 operands of two tensor-core dots, so nothing is dequantized in memory. 16-bit
+  queries and powers of two; `decode_split_kernel` does the others.
+
+Both write normalised partial outputs and the base-2 logarithms of their sums of weights, which
+`decode_reduce` joins: those of the prefix are rotated, and their scores lack `q . mean` unless a softcap
+needs it; those of the chunk are as its values came. Partials are one float32 output for each kernel, or
+where a prefix is split, for at most `PROGRAMS_PER_SM` programs a multiprocessor, a block of rows each.
+Bytes: the packed rows of visible slots once per row block, from the second-level cache where they fit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import float16
+
+from ..beside import DECODE_TOKENS, Beside, Chunk
+from ..format import PAGE_ALIGNMENT, KVFormat
+from .bits import (
+    FP16_UNIT,
+    TINY,
+    codes_per_byte,
+    lookup_words,
+    magnitude_words,
+    operand_dtype,
+    sm_count,
+    unpack_asm,
+)
+from .decode_query import Queries
+from .decode_reduce import LOG2_E, NO_MASK, has_whole, load_mask, mask_arguments, reduce_splits, squash
+from .varlen import load_block
+
+PROGRAMS_PER_SM = 2
+DIMS = (64, 128, 256)
+# Weights are at most 1: times this, those of tiny scales too keep their digits in float16.
+WEIGHT_UNIT = tl.constexpr(2.0**15)
+
+
+@triton.jit
+def visible_slots(
+    bounds_ptr, stride_t, token, valid, seq_len, q_len, max_len, HAS_BOUNDS: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """(low, high): each row sees slots low .. high - 1, of those that the mask lets through."""
+    low = tl.zeros_like(token)
+    high = low + max_len
+    if HAS_BOUNDS:
+        bounds_ptr += token * stride_t
+        low = tl.maximum(tl.load(bounds_ptr, mask=valid, other=0), 0)
+        high = tl.minimum(tl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
+    elif MASK == NO_MASK:  # the queries are the last tokens
+        high = tl.maximum(tl.minimum(seq_len - q_len + token + 1, max_len), 0).to(tl.int32)
+    return low, high
+
+
+@triton.jit
+def soften(scores, total, peak):
+    """A tile of the online softmax, base 2: (weights, decay of what was summed before, total, peak)."""
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores - origin[:, None])
+    decay = tl.exp2(peak - origin)
+    return weights, decay, total * decay + tl.sum(weights, axis=1), new_peak
+
+
+@triton.jit
+def chunk_kernel(
+    q_ptr, k_ptr, v_ptr, seq_lens_ptr, bounds_ptr, mask_ptr, partial_ptr, log_ptr,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, bounds_stride_b, bounds_stride_t,
+    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n, q_len, own, max_len, scale,
+    OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Attention over the `own` last tokens of each row; partials [batch, KV head, row, dim]."""
+    DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
+    dv_start = tl.program_id(0) % DV_BLOCKS * BLOCK_DV
+    # The last rows, which see most, come first.
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // DV_BLOCKS
+    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows = q_len * HEADS  # token-major, the heads of a group fastest
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    token, head = row // HEADS, kv_head * HEADS + row % HEADS
+
+    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
+    low, high = visible_slots(
+        bounds_ptr + batch * bounds_stride_b, bounds_stride_t, token, valid, seq_len, q_len, max_len,
+        HAS_BOUNDS, MASK,
+    )  # fmt: skip
+    first = (seq_len - own).to(tl.int32)  # the slot of the chunk's first token; from here on, places in it
+    low, high = tl.maximum(low - first, 0), tl.minimum(high - first, own)
+    seen = valid & (low < high)
+    begin = tl.min(tl.where(seen, low, own), axis=0) // BLOCK_N * BLOCK_N
+    end = tl.max(tl.where(seen, high, 0), axis=0)
+
+    q_ptr += batch * q_stride_b + head[:, None] * q_stride_h
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
+    q = load_block(q_ptr, q_stride_t, q_stride_d, token, q_len, 0, OPERAND, K_DIM, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for piece in range(0, K_DIM, BLOCK_D):
+            if K_DIM > BLOCK_D:
+                q = load_block(q_ptr, q_stride_t, q_stride_d, token, q_len, piece, OPERAND, K_DIM, BLOCK_D)
+            k = load_block(k_ptr, k_stride_t, k_stride_d, place, own, piece, OPERAND, K_DIM, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+        scores = squash(scores * (scale * LOG2_E), SOFTCAP)
+        visible = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
+        if MASK != NO_MASK:
+            slot = (first + place).to(tl.int64)
+            inside = visible & valid[:, None]
+            let_through, bias = load_mask(mask_ptr[:, None] + slot[None, :] * mask_stride_n, inside, MASK)
+            visible &= let_through
+            scores += bias
+        weights, decay, total, peak = soften(tl.where(visible, scores, float("-inf")), total, peak)
+        v = load_block(v_ptr, v_stride_t, v_stride_d, place, own, dv_start, OPERAND, V_DIM, BLOCK_DV)
+        acc = tl.dot(weights.to(OPERAND), v, acc * decay[:, None], input_precision="ieee")
+
+    part = (batch * tl.num_programs(1) + kv_head) * rows + row
+    dims = dv_start + tl.arange(0, BLOCK_DV)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    mask = valid[:, None] & (dims < V_DIM)[None, :]
+    tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
+    tl.store(log_ptr + part, peak + tl.log2(total), mask=valid & (dv_start == row * 0))
+
+
+def attend_to_chunk(
+    q: torch.Tensor, own: Chunk, seq_lens: torch.Tensor, attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
+    """q `[B, H, q, D]` over the chunk `own`: what `reduce_splits` calls `own`.
+
+    `bounds` has a row for each row of the batch and each query.
+    """
+    (batch, heads, q_len, dim), (k, v) = q.shape, own
+    kv_heads, new, dv = k.shape[1], k.shape[2], v.shape[3]
+    rows = q_len * heads // kv_heads
+    partial = torch.empty((batch, kv_heads, rows, dv), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, kv_heads, rows), dtype=torch.float32, device=q.device)
+    operand = operand_dtype(q.dtype, k.dtype, v.dtype)
+    wide = operand == tl.float32  # float32 dots run on plain multiply-adds: small tiles
+    block_m = 16 if wide else 64
+    block_n = 16 if wide else 64 if max(dim, dv) <= 128 else 32
+    # Up to 256 dimensions of a key at once, larger ones in pieces; values in blocks of the grid.
+    largest = 64 if wide else 256
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = block_d if block_d <= largest else largest // 2
+    block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
+    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
+    programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
+    chunk_kernel[(programs, kv_heads, batch)](
+        q, k, v, seq_lens, q if bounds is None else bounds, mask, partial, logs,
+        *q.stride(), *k.stride(), *v.stride(), seq_lens.expand(batch).stride(0),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q_len, new, max_len, scale,
+        OPERAND=operand, K_DIM=dim, V_DIM=dv, HEADS=heads // kv_heads, HAS_BOUNDS=bounds is not None,
+        MASK=mask_kind, SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        BLOCK_DV=block_dv, num_warps=4 if block_m * block_dv <= 8192 else 8, num_stages=2,
+    )  # fmt: skip
+    return partial, logs, new
+
+
+@triton.constexpr_function
+def constraints_of(bits):
+    """Of `unpack_asm`."""
+    return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
+
+
+@triton.jit
+def quad(a, b, c, d):
+    """Four tensors of one shape, side by side in a new last dimension."""
+    x = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), [0, 1, 3, 2])
+    return tl.reshape(x, [a.shape[0], a.shape[1], 4])
+
+
+@triton.jit
+def centroids(
+    words, signs, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, TABLE: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Words of four packed bytes [A, B] -> [A, B, 4, codes of a byte]: centroids in fp16, divided by 256.
+
+    Of 3 bits the words have the magnitudes, and bits 0, 2, 4, 6 of the bytes of `signs` the signs. `ASM` is
+    `unpack_asm`, or empty where there is no instruction for it.
+    """
+    A: tl.constexpr = words.shape[0]
+    B: tl.constexpr = words.shape[1]
+    if ASM != "":
+        table = tl.full([A, B], TABLE, tl.uint32).to(tl.int32, bitcast=True)
+        # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
+        if BITS == 8:
+            x = tl.inline_asm_elementwise(ASM, constraints_of(BITS), [words, table], (
+                float16, float16, float16, float16), is_pure=True, pack=1)  # fmt: skip
+            return tl.reshape(quad(x[0], x[1], x[2], x[3]), [A, B, 4, 1])
+        elif BITS == 4:
+            x = tl.inline_asm_elementwise(ASM, constraints_of(BITS), [words, table], (
+                float16, float16, float16, float16, float16, float16, float16, float16,
+            ), is_pure=True, pack=1)  # fmt: skip
+            return tl.join(quad(x[0], x[1], x[2], x[3]), quad(x[4], x[5], x[6], x[7]))
+        else:
+            x = tl.inline_asm_elementwise(ASM, constraints_of(BITS), [words, table, signs], (
+                float16, float16, float16, float16, float16, float16, float16, float16,
+                float16, float16, float16, float16, float16, float16, float16, float16,
+            ), is_pure=True, pack=1)  # fmt: skip
+            first = tl.join(quad(x[0], x[1], x[2], x[3]), quad(x[4], x[5], x[6], x[7]))
+            last = tl.join(quad(x[8], x[9], x[10], x[11]), quad(x[12], x[13], x[14], x[15]))
+            return tl.reshape(tl.permute(tl.join(first, last), [0, 1, 2, 4, 3]), [A, B, 4, 4])
+    else:
+        CODES: tl.constexpr = codes_per_byte(BITS)
+        byte = (tl.arange(0, 4) * 8)[None, None, :, None]
+        code = tl.arange(0, CODES)[None, None, None, :]
+        if BITS == 8:
+            bits = words[:, :, None, None] >> byte + 0 * code
+            bits = (bits & 0x7F) << 7 | (bits & 0x80) << 8
+        else:
+            bits = words[:, :, None, None] >> byte + code * (2 if BITS == 3 else BITS)
+            sign = signs[:, :, None, None] >> byte + code * 2 if BITS == 3 else bits >> BITS - 1
+            magnitude = tl.where(bits & 4 != 0, HI, LO) if BITS == 4 else LO
+            magnitude = magnitude >> (bits & (1 if BITS == 2 else 3)) * 8 & 0x7F
+            bits = magnitude << 7 | (sign & 1) << 15
+        return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def load_keys(
+    rows_ptr, start, filled, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, TABLE: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The centroids of the packed keys of slots `start`.., [BLOCK_N, DIM] fp16, finite past `filled`."""
+    ROW: tl.constexpr = DIM * BITS // 32  # in words
+    PLANE: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 32
+    slot, word = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, PLANE)[None, :]
+    rows_ptr += tl.cast(start, tl.int64) * ROW + slot * ROW
+    mask = start + slot < filled
+    words = tl.load(rows_ptr + word, mask=mask, other=0)
+    signs = words
+    if BITS == 3:
+        SIGNS: tl.constexpr = DIM // 32
+        signs = tl.load(rows_ptr + PLANE + word % SIGNS, mask=mask, other=0) >> word // SIGNS
+    x = centroids(words, signs, BITS, LO, HI, TABLE, ASM)
+    return tl.reshape(tl.permute(x, [0, 3, 1, 2]), [BLOCK_N, DIM])
+
+
+@triton.jit
+def load_values(
+    rows_ptr, start, filled, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, TABLE: tl.constexpr,
+    DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """As `load_keys`, of packed values: groups of `GROUP` slots, of which a word has a byte of four."""
+    QUADS: tl.constexpr = GROUP // 4
+    PLANE: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 8  # in bytes
+    quads, byte = tl.arange(0, BLOCK_N // 4)[:, None], tl.arange(0, PLANE)[None, :]
+    rows_ptr += (tl.cast(start, tl.int64) // 4 + quads // QUADS * QUADS) * (DIM * BITS // 8) + quads % QUADS
+    # A mask per group, for loads that are as wide as a group.
+    mask = start + quads // QUADS * GROUP < filled
+    words = tl.load(rows_ptr + byte * QUADS, mask=mask, other=0)
+    signs = words
+    if BITS == 3:
+        SIGNS: tl.constexpr = DIM // 8
+        signs = tl.load(rows_ptr + (PLANE + byte % SIGNS) * QUADS, mask=mask, other=0) >> byte // SIGNS
+    x = centroids(words, signs, BITS, LO, HI, TABLE, ASM)
+    return tl.reshape(tl.permute(x, [0, 2, 3, 1]), [BLOCK_N, DIM])
+
+
+@triton.jit
+def prefix_kernel(
+    q_ptr, factor_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
+    partial_ptr, log_ptr, cache_stride_b, cache_stride_h, v_rows_offset, k_scales_offset, v_scales_offset,
+    lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
+    mask_stride_n, q_len, own, max_len, splits, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, K_TABLE: tl.constexpr,
+    V_TABLE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr,
+    HEADS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    HAS_WHOLE: tl.constexpr, MASK: tl.constexpr, HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
+):  # fmt: skip
+    """Attention over all packed tokens but the `own` last; partials [batch, KV head, row, split, dim]."""
+    split, block = tl.program_id(0) % splits, tl.program_id(0) // splits
+    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows = q_len * HEADS
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < rows
+    token, head = row // HEADS, kv_head * HEADS + row % HEADS
+
+    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
+    bounds_ptr += batch * bounds_stride_b
+    low, high = visible_slots(
+        bounds_ptr, bounds_stride_t, token, valid, seq_len, q_len, max_len, HAS_BOUNDS, MASK
+    )
+    filled = tl.minimum(seq_len - own, max_len).to(tl.int32)
+    high = tl.minimum(high, filled)
+    if SINKS + RECENT > 0:
+        first_recent = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        low = tl.maximum(low, SINKS)
+        high = tl.minimum(high, tl.minimum(first_recent, max_len).to(tl.int32))
+    seen = valid & (low < high)
+    begin = tl.min(tl.where(seen, low, max_len), axis=0) // BLOCK_N * BLOCK_N
+    end = tl.max(tl.where(seen, high, 0), axis=0)
+    run = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
+    begin += split * run
+    end = tl.minimum(begin + run, end)
+
+    group_row = (batch * tl.num_programs(1) + kv_head) * rows + row
+    page_ptr = cache_ptr + batch * cache_stride_b + kv_head * cache_stride_h
+    k_ptr = page_ptr.to(tl.pointer_type(tl.int32))
+    v_ptr = (page_ptr + v_rows_offset).to(tl.pointer_type(tl.int32))
+    k_scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16))
+    v_scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16))
+    mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
+    dims = tl.arange(0, K_DIM)
+    q = tl.load(q_ptr + group_row[:, None] * K_DIM + dims[None, :], mask=valid[:, None], other=0.0)
+    factor = tl.load(factor_ptr + group_row, mask=valid, other=0.0)
+    mean_score = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_MEAN:
+        mean_score = tl.load(mean_score_ptr + group_row, mask=valid, other=0.0)
+
+    acc = tl.zeros([BLOCK_M, V_DIM], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    largest = tl.min(total, axis=0) + TINY  # of the value scales so far: `acc` is in units of it
+    # Slots that all rows see, where no mask is read.
+    whole_from = tl.max(tl.where(valid, low, 0), axis=0)
+    whole_to = tl.min(tl.where(valid, high, max_len), axis=0)
+    if HAS_WHOLE:
+        whole_ptr = bounds_ptr + token * bounds_stride_t + 2
+        whole_from = tl.maximum(whole_from, tl.max(tl.load(whole_ptr, mask=valid, other=0), axis=0))
+        whole_to = tl.minimum(whole_to, tl.min(tl.load(whole_ptr + 1, mask=valid, other=max_len), axis=0))
+    elif MASK != NO_MASK:
+        whole_to = begin
+    for start in range(begin, end, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        known = slot < filled
+        k = load_keys(k_ptr, start, filled, K_BITS, K_LO, K_HI, K_TABLE, K_DIM, BLOCK_N, K_ASM)
+        k_scale = tl.load(k_scale_ptr + slot, mask=known, other=0.0).to(tl.float32) * FP16_UNIT
+        scores = tl.dot(q, tl.trans(k)) * k_scale[None, :] * factor[:, None]
+        if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
+            scores = squash(scores + mean_score[:, None], SOFTCAP)
+        if (start < whole_from) | (start + BLOCK_N > whole_to):
+            visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
+            if MASK != NO_MASK:
+                ptrs = mask_ptr[:, None] + slot.to(tl.int64)[None, :] * mask_stride_n
+                let_through, bias = load_mask(ptrs, visible & valid[:, None], MASK)
+                visible &= let_through
+                scores += bias
+            scores = tl.where(visible, scores, float("-inf"))
+        weights, decay, total, peak = soften(scores, total, peak)
+        v = load_values(v_ptr, start, filled, V_BITS, V_LO, V_HI, V_TABLE, V_DIM, GROUP, BLOCK_N, V_ASM)
+        v_scale = tl.load(v_scale_ptr + slot, mask=known, other=0.0).to(tl.float32)
+        # The weights carry the value scales, divided by the largest for the range of float16.
+        new_largest = tl.maximum(largest, tl.max(tl.abs(v_scale), axis=0))
+        unit = 1.0 / new_largest
+        weights *= (v_scale * unit * WEIGHT_UNIT)[None, :]
+        acc = tl.dot(weights.to(tl.float16), v, acc * (decay * (largest * unit))[:, None])
+        largest = new_largest
+
+    part = group_row * splits + split
+    columns = tl.arange(0, V_DIM)
+    share = largest * (FP16_UNIT / WEIGHT_UNIT) / tl.where(total == 0.0, 1.0, total)
+    out = acc * share[:, None]
+    tl.store(partial_ptr + part[:, None] * V_DIM + columns[None, :], out, mask=valid[:, None])
+    tl.store(log_ptr + part, peak + tl.log2(total), mask=valid)
+
+
+def takes_prefix(q: torch.Tensor, fmt: KVFormat, page: int) -> bool:
+    """Whether `attend_to_prefix` attends for q `[B, H, q, D]`; not over pages (`page` tokens)."""
+    takes_format = not fmt.is_lossless and {fmt.head_dim, fmt.v_head_dim} <= {*DIMS}
+    sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
+    return page == 0 and takes_format and sixteen_bits and q.shape[2] > DECODE_TOKENS
+
+
+def asm_for(bits: int, device: torch.device) -> str:
+    """`unpack_asm` where there is an instruction that makes e4m3 float16, else nothing."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return unpack_asm(bits) if is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9) else ""
+
+
+def attend_to_prefix(
+    out: torch.Tensor, q: torch.Tensor, rotated: Queries, cache: torch.Tensor, seq_lens: torch.Tensor,
+    v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
+    lse: torch.Tensor | None, fmt: KVFormat, beside: Beside,
+    own: tuple[torch.Tensor, torch.Tensor, int] | None,
+) -> None:  # fmt: skip
+    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, joining what `attend_to_chunk` returned, if anything.
+
+    `rotated` is `rotate_queries` of q `[B, H, q, D]`; `bounds` has a row for each row of the batch and each
+    query.
+    """
+    queries, factors, mean_scores = rotated
+    batch, kv_heads, rows, _ = queries.shape
+    q_len, group = q.shape[2], rows // q.shape[2]
+    large = max(fmt.head_dim, fmt.v_head_dim) > 128
+    block_m = 64 if large or rows <= 64 else 128
+    block_n = 32 if large else 64
+    blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(max_len, block_n)
+    room = PROGRAMS_PER_SM * sm_count(queries.device)
+    splits = max(1, min(tiles, room // (blocks * kv_heads * batch)))
+    _, v_rows, k_scales, v_scales = fmt.planes(fmt.page_size(cache.shape[-1]))
+    partial = torch.empty(
+        (batch, kv_heads, rows, splits, fmt.v_head_dim), dtype=torch.float32, device=queries.device
+    )
+    logs = torch.empty(partial.shape[:-1], dtype=torch.float32, device=queries.device)
+    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
+    (k_lo, k_hi), (v_lo, v_hi) = magnitude_words(fmt.k_bits), magnitude_words(fmt.v_bits)
+    exact_from = beside.exact_from
+    prefix_kernel[(splits * blocks, kv_heads, batch)](
+        queries, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
+        seq_lens if exact_from is None else exact_from, seq_lens if bounds is None else bounds, mask,
+        partial, logs, *cache.stride()[:2], v_rows.offset, k_scales.offset, v_scales.offset,
+        seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q_len,
+        0 if own is None else own[2], max_len, splits, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo,
+        K_HI=k_hi, V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0],
+        V_TABLE=lookup_words(fmt.v_bits)[0], K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT,
+        HEADS=group, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None,
+        HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind, HAS_MEAN=mean_scores is not None,
+        SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, K_ASM=asm_for(fmt.k_bits, q.device),
+        # Stale bytes of 8 bits would become NaN there, which no weight of zero hides.
+        V_ASM="" if fmt.v_bits == 8 else asm_for(fmt.v_bits, q.device),
+        num_warps=8 if block_m == 128 or large else 4, num_stages=2,
+    )  # fmt: skip
+    reduce_splits(
+        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
+        beside, softcap, lse, own=own,
+    )  # fmt: skip
