@@ -115,13 +115,13 @@ class RaggedPadding:
         return self._tokens[built]
 
     def _rest_of(self, sdpa: SDPANode, form: MaskForm, tokens: Tokens) -> fx.Node:
-        """Bounds int32 `[B, Lq, 2]` for the queries that are left out of the ragged sequences."""
+        """Bounds int32 `[B, Lq, 2 or 4]` for the queries that are left out of the ragged sequences."""
         bounds = self._visibility.bounds(sdpa, form)
         assert bounds is not None, "a causal mask has bounds"
         if (bounds, tokens.shown) not in self._rests:
             batch, _, q_len, _ = value_of(sdpa.query).shape
             with self._visibility.behind_mask(sdpa) as write:
                 shown = write.call("view", tokens.shown, batch, q_len, 1)
-                rest = write.call("masked_fill", write.call("expand", bounds, batch, q_len, 2), shown, 0)
+                rest = write.call("masked_fill", write.call("expand", bounds, batch, q_len, -1), shown, 0)
             self._rests[bounds, tokens.shown] = rest
         return self._rests[bounds, tokens.shown]

@@ -168,7 +168,7 @@ def test_the_graph():
 tq_inductor.varlen_attn.default
     [36, 4, 16] [36, 2, 16] [36, 2, 16] [5] [5] 9 9 True 0.25 torch_flash
 tq_inductor.attend.default
-    [4, 4, 9, 16] [4, 2, 9, 16] [4, 2, 9, 16] [4, 1, 1, 9] [4, 9, 2] None 0.25 triton""",
+    [4, 4, 9, 16] [4, 2, 9, 16] [4, 2, 9, 16] [4, 1, 1, 9] [4, 9, 4] None 0.25 triton""",
     )
 
 
