@@ -12,7 +12,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 from tq_inductor.lowering.rewrite import rewrite
 
-from tq_inductor import PackedKVCache, TurboQuantCache
+from tq_inductor import KVFormat, PackedKVCache, TurboQuantCache
 from tq_inductor.beside import DECODE_TOKENS
 
 LONG = DECODE_TOKENS + 1
@@ -94,6 +94,27 @@ def test_a_lossless_format_reads_what_it_stored():
     k, v = tokens(LONG), tokens(LONG)
     for read, new in zip(cache.update(k, v), (k, v), strict=True):
         assert torch.equal(read[:, :, :LONG], new.bfloat16().float())
+
+
+def test_a_chunk_sees_itself_as_it_came_in_pages_too():
+    fmt, turn, lens = KVFormat("k4v4", 16), make_cache().k_rotation, torch.tensor([45, 40])
+    table = torch.tensor([[3, 1], [2, -1]], dtype=torch.int32)  # the end of the second row is dropped
+    results = []
+    for pages, how in ((2, {}), (4, {"block_table": table})):
+        torch.manual_seed(0)
+        packed = torch.zeros(pages, 2, (32 if how else 64) * fmt.slot_bytes, dtype=torch.uint8)
+        OPS.tq_store(packed, tokens(28), tokens(28), torch.tensor(28), turn, turn, "k4v4", **how)
+        q, k, v = tokens(LONG, 4), tokens(LONG), tokens(LONG)
+        OPS.tq_store(packed, k, v, lens, turn, turn, "k4v4", **how)
+        last = (lens, turn, turn, None, None, None, "k4v4", 64, 0.25)
+        named = {"softcap": 2.0, **how}
+        out, lse = OPS.tq_decode_lse(q, packed, *last, **named, own_k=k, own_v=v)
+        results.append((out, lse, OPS.tq_append_attend(packed, q, k, v, *last, **named, own=True)))
+    (out, lse, appended), in_pages = results
+    assert torch.equal(out, appended)
+    for one, other in zip(results[0], in_pages, strict=True):
+        assert not one.isnan().any()
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("count", [DECODE_TOKENS, LONG, 129])
