@@ -36,7 +36,7 @@ from .bits import (
     operand_dtype,
     sm_count,
 )
-from .decode_query import rotate_queries
+from .decode_query import rotate, rotate_queries
 from .decode_reduce import (
     KEY_MASK,
     LOG2_E,
@@ -51,28 +51,6 @@ from .decode_warp import attend_by_warps, takes
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
-
-
-@triton.jit
-def rotate_kernel(
-    x_ptr, rotation_ptr, out_ptr, stride_b, stride_h, stride_t, stride_d, rows, heads, tokens,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out [B, H, tokens, D] float32, contiguous = x @ rotation."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    batch, head = row // tokens // heads, row // tokens % heads
-    x_ptr += batch * stride_b + head * stride_h + row % tokens * stride_t
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, DIM, BLOCK_K):
-        dims = start + tl.arange(0, BLOCK_K)
-        mask = (row < rows)[:, None] & (dims < DIM)[None, :]
-        x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
-        mask = (dims < DIM)[:, None] & (columns < DIM)[None, :]
-        rotation = tl.load(rotation_ptr + dims[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
-        out = tl.dot(x.to(tl.float32), rotation, out, input_precision="ieee")
-    mask = (row < rows)[:, None] & (columns < DIM)[None, :]
-    tl.store(out_ptr + row[:, None] * DIM + columns[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -300,20 +278,6 @@ def whole_waves(groups: int, tiles: int, slots: int) -> int:
     """How many runs of `tiles` take the fewest: waves of programs, times tiles of a run and one."""
     most = min(tiles, max(1, 4 * slots // groups))
     return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
-
-
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """`x @ rotation` for x `[B, H, q, D]`, in float32."""
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty((batch, heads, tokens, dim), dtype=torch.float32, device=x.device)
-    rows = batch * heads * tokens
-    block_m, block_d = 16, 32  # small blocks: few rows, many programs
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))
-    rotate_kernel[grid](
-        x, rotation, out, *x.stride(), rows, heads, tokens, DIM=dim, BLOCK_M=block_m,
-        BLOCK_D=block_d, BLOCK_K=32, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def decode(

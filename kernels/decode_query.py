@@ -1,6 +1,7 @@
-"""The first launch of decoding by warps: rotate the queries and bring them to the range of float16.
+"""The first launch of decoding: rotate the queries.
 
-When a decode step also appends, the same launch stores the new tokens (`prepare`).
+For decoding by warps they are brought to the range of float16; when a decode step also appends, the same
+launch stores the new tokens (`prepare`).
 """
 
 import torch
@@ -15,6 +16,28 @@ from .store import store_arguments, store_kernel, take_mean
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ROWS = 1  # of a program, which is a warp
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr, rotation_ptr, out_ptr, stride_b, stride_h, stride_t, stride_d, rows, heads, tokens,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, tokens, D] float32, contiguous = x @ rotation."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    batch, head = row // tokens // heads, row // tokens % heads
+    x_ptr += batch * stride_b + head * stride_h + row % tokens * stride_t
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        dims = start + tl.arange(0, BLOCK_K)
+        mask = (row < rows)[:, None] & (dims < DIM)[None, :]
+        x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
+        mask = (dims < DIM)[:, None] & (columns < DIM)[None, :]
+        rotation = tl.load(rotation_ptr + dims[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
+        out = tl.dot(x.to(tl.float32), rotation, out, input_precision="ieee")
+    mask = (row < rows)[:, None] & (columns < DIM)[None, :]
+    tl.store(out_ptr + row[:, None] * DIM + columns[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -84,6 +107,20 @@ def prepare_kernel(
             scale_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, kv_heads, new, scale, K_DIM,
             HEADS, BLOCK_M,
         )  # fmt: skip
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """`x @ rotation` for x `[B, H, q, D]`, in float32."""
+    batch, heads, tokens, dim = x.shape
+    out = torch.empty((batch, heads, tokens, dim), dtype=torch.float32, device=x.device)
+    rows = batch * heads * tokens
+    block_m, block_d = 16, 32  # small blocks: few rows, many programs
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))
+    rotate_kernel[grid](
+        x, rotation, out, *x.stride(), rows, heads, tokens, DIM=dim, BLOCK_M=block_m,
+        BLOCK_D=block_d, BLOCK_K=32, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def empty_queries(q: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,26 +69,14 @@ def table_words(bits: int) -> tuple[int, int]:
 
 
 @triton.constexpr_function
-def words_of_call(bits: int) -> int:
-    """Words that `encode_asm` gives for 64 or 128 dims: of 3 bits magnitudes and signs."""
-    return 2 if bits == 3 else 1
-
-
-@triton.constexpr_function
-def first_byte(dim: int, word: int) -> int:
-    """Where the bytes of a word of `encode_asm` begin in a row; those of 3 bits' signs have their plane."""
-    return 0 if word == 0 else dim // 4
-
-
-@triton.constexpr_function
-def lanes_apart(word: int) -> int:
-    """Of how many of the 8 lanes with other dims the bytes of this word differ: of 3 bits' signs of 4."""
-    return 4 if word == 1 else 8
+def words_of_call(bits: int, dim: int) -> int:
+    """Words of codes that `encode_asm` gives; a single one may hold two bytes only."""
+    return max(1, dim // 16 * bits // 32)
 
 
 def field_order(bits: int, dim: int) -> list[int]:
-    """Which of `encode_asm`'s inputs is each code of a word, from the lowest bits; of 3 bits as of 2."""
-    chunks, codes = dim // 32, 4 if bits == 3 else 8 // bits
+    """Which of `encode_asm`'s inputs is each code of the result, from the lowest bits."""
+    chunks, codes = dim // 32, 8 // bits
     apart = chunks // codes  # chunks between the codes of a byte
     return [2 * (code * apart + byte // 2) + byte % 2 for byte in range(2 * apart) for code in range(codes)]
 
@@ -97,59 +85,56 @@ def field_order(bits: int, dim: int) -> list[int]:
 def encode_asm(bits: int, dim: int) -> str:
     """PTX: coordinates 2q + e, e = 0 or 1, of chunk q of 32 dims -> their codes and sums for the scale.
 
-    Operands: `words_of_call` words of codes in the order of `field_order` (of 3 bits: of two bits for each
-    magnitude; of a bit for each sign, of the same dims and those of the lane 16 further), two sums (of
-    coordinate times centroid, of squares of centroids), `dim / 16` coordinates, what takes them to steps.
-    The sums are integers in steps. NaN gets code 0.
+    Operands: `words_of_call` words of codes in the order of `field_order`, two sums (of coordinate times
+    centroid, of squares of centroids), `dim / 16` coordinates and what takes them to steps. The sums are
+    integers in steps. NaN gets code 0.
     """
-    count, words = dim // 16, words_of_call(bits)
+    count, words = dim // 16, words_of_call(bits, dim)
+    numerator, square = f"${words}", f"${words + 1}"
     inputs = [f"${words + 2 + i}" for i in range(count)]
-    order, factor = field_order(bits, dim), f"${words + 2 + count}"
-    field = 2 if bits == 3 else bits
-    members = [(inputs[i], f"q{i}") for i in order]
-    lines = [".reg .f32 g, u, h, c; .reg .b32 s, w, z0, z1, t, a, b, p, n, d;"]
-    lines.append(".reg .b32 " + ", ".join(steps for _, steps in members) + "; mov.b32 z1, 0;")
-    half = 16 // field
-    for part in range(0, count, half):
-        lines += magnitude_lines(bits, dim, field, members[part : part + half], factor, f"z{part // half}")
-    lines.append("prmt.b32 w, z0, z1, 0x5410; mov.b32 n, 0; mov.b32 d, 0;")
-    low, high = table_words(bits)
-    for part in range(count // 4):  # four fields one after the other, or of 2 bits every second
-        chosen = [steps for _, steps in (members[4 * part :][:4] if field == 4 else members[part::2])]
-        lines.append(f"shr.u32 t, w, {16 * part if field == 4 else 2 * part};")
-        if field == 2:
-            lines.append("and.b32 t, t, 0x3333;")
-        lines.append(f"prmt.b32 a, {low:#x}, {high:#x}, t; dp4a.u32.u32 d, a, a, d;")
-        lines.append(f"prmt.b32 p, {chosen[0]}, {chosen[1]}, 0x5410; dp2a.lo.u32.u32 n, p, a, n;")
-        lines.append(f"prmt.b32 p, {chosen[2]}, {chosen[3]}, 0x5410; dp2a.hi.u32.u32 n, p, a, n;")
-    lines.append(f"mov.b32 s, {members[-1][0]};")
-    lines += [f"mov.b32 t, {x}; shf.l.wrap.b32 s, t, s, {field};" for x, _ in reversed(members)]
-    signs = sum(1 << field * i + field - 1 for i in range(count))
-    if bits == 3:  # to the lower of each two bits, and in lanes from 16 on to the upper
-        lines.append(f"mov.b32 $0, w; and.b32 s, s, {signs:#x}; mov.u32 t, %laneid; and.b32 t, t, 16;")
-        lines.append("xor.b32 t, t, 16; shr.u32 t, t, 4; shr.u32 s, s, t;")
-        lines.append("shfl.sync.bfly.b32 t, s, 16, 31, -1; or.b32 $1, s, t;")
-    else:
-        lines.append(f"lop3.b32 $0, s, {signs:#x}, w, 0xEA;")
-    lines.append(f"mov.b32 ${words}, n; mov.b32 ${words + 1}, d;")
-    return "{" + "\n".join(lines) + "}"
-
-
-def magnitude_lines(
-    bits: int, dim: int, field: int, members: list[tuple[str, str]], factor: str, result: str
-) -> list[str]:
-    """The magnitudes of `members` to the low bits of `result`, each coordinate in steps to its second."""
+    factor = f"${words + 2 + count}"
+    order = field_order(bits, dim)
     start, width, coefficients = code_polynomial(bits)
-    scale = literal(1 / (width * code_steps(bits, dim)[0]))
-    lines = [f"mov.b32 {result}, {literal(MAGIC)};"]
-    for x, steps in reversed(members):
-        lines.append(f"abs.f32 g, {x}; mul.rn.f32 g, g, {factor};")
-        lines.append(f"add.rn.f32 c, g, {literal(MAGIC)}; mov.b32 {steps}, c;")
-        lines.append(f"fma.rn.sat.f32 u, g, {scale}, {literal(-start / width)};")
-        lines.append(f"mov.f32 h, {literal(coefficients[-1])};")
-        lines += [f"fma.rn.f32 h, h, u, {literal(c)};" for c in coefficients[-2::-1]]
-        lines.append(f"mov.b32 c, {result};")
-        if (x, steps) != members[-1]:  # the codes so far move up
-            lines.append(f"fma.rn.f32 c, c, {literal(1 << field)}, {literal((1 - (1 << field)) * MAGIC)};")
-        lines.append(f"fma.rn.f32 c, h, u, c; mov.b32 {result}, c;")
-    return lines
+    steps, _ = code_steps(bits, dim)
+    scale, shift = literal(1 / (width * steps)), literal(-start / width)
+    lines = [".reg .f32 g, u, h, c; .reg .b32 s, w, z0, z1, t, a, b, p, n, d;"]
+    lines.append(".reg .b32 " + ", ".join(f"q{i}" for i in range(count)) + ";")
+    fields = 32 // bits  # of a word
+    lines.append("mov.b32 n, 0; mov.b32 d, 0;")
+    for word in range(words):
+        members = order[word * fields : (word + 1) * fields]
+        half = 16 // bits
+        for part in range(0, len(members), half):
+            for i, member in enumerate(reversed(members[part : part + half])):
+                lines.append(f"abs.f32 g, {inputs[member]}; mul.rn.f32 g, g, {factor};")
+                lines.append(f"add.rn.f32 c, g, {literal(MAGIC)}; mov.b32 q{member}, c;")
+                lines.append(f"fma.rn.sat.f32 u, g, {scale}, {shift};")
+                lines.append(f"mov.f32 h, {literal(coefficients[-1])};")
+                lines += [f"fma.rn.f32 h, h, u, {literal(c)};" for c in coefficients[-2::-1]]
+                if i == 0:
+                    lines.append(f"mov.f32 c, {literal(MAGIC)};")
+                else:  # the codes so far move up
+                    up = 1 << bits
+                    lines.append(f"mov.b32 c, z{part // half};")
+                    lines.append(f"fma.rn.f32 c, c, {literal(up)}, {literal((1 - up) * MAGIC)};")
+                lines.append(f"fma.rn.f32 c, h, u, c; mov.b32 z{part // half}, c;")
+        top = "z1" if len(members) > half else "0"
+        lines.append(f"prmt.b32 w, z0, {top}, 0x5410;")
+        low, high = table_words(bits)
+        for part in range(0, len(members), 4):  # fields part, part + 1, .. or, of 2 bits, every second
+            if bits == 4:
+                chosen = members[part : part + 4]
+                lines.append(f"shr.u32 t, w, {4 * part};" if part else "mov.b32 t, w;")
+            else:
+                chosen = members[part // 8 * 8 + part // 4 % 2 :: 2][:4]
+                lines.append(f"shr.u32 t, w, {part // 8 * 16 + part // 4 % 2 * 2}; and.b32 t, t, 0x3333;")
+            lines.append(f"prmt.b32 a, {low:#x}, {high:#x}, t; dp4a.u32.u32 d, a, a, d;")
+            for pair, side in ((chosen[:2], "lo"), (chosen[2:], "hi")):
+                lines.append(f"prmt.b32 p, q{pair[0]}, q{pair[1]}, 0x5410; dp2a.{side}.u32.u32 n, p, a, n;")
+        lines.append(f"mov.b32 s, {inputs[members[-1]]};")
+        for member in reversed(members):
+            lines.append(f"mov.b32 t, {inputs[member]}; shf.l.wrap.b32 s, t, s, {bits};")
+        signs = sum(1 << bits - 1 << bits * i for i in range(len(members)))
+        lines.append(f"lop3.b32 ${word}, s, {signs:#x}, w, 0xEA;")
+    lines.append(f"mov.b32 {numerator}, n; mov.b32 {square}, d;")
+    return "{" + "\n".join(lines) + "}"

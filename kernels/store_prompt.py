@@ -1,6 +1,6 @@
 """`store` for a prompt: the transform on the tensor cores, everything else in registers.
 
-For NVIDIA GPUs from sm_89 on, 16-bit keys and values and codes of up to 4 bits; `store` has the kernel for
+For NVIDIA GPUs from sm_89 on, 16-bit keys and values, and codes of 2 or 4 bits; `store` has the kernel for
 all others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
 keys or values, each group aligned as value rows are interleaved.
 
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from ..beside import Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, sm_count
-from .prompt_codes import code_steps, encode_asm, first_byte, lanes_apart, words_of_call
+from .prompt_codes import code_steps, encode_asm, words_of_call
 from .slots import locate_exact, locate_page
 
 TOKENS = gl.constexpr(PAGE_ALIGNMENT)  # of a group
@@ -44,7 +44,7 @@ TRANSPOSE = gl.constexpr(
 
 @gluon.constexpr_function
 def encode_constraints(dim: int, bits: int) -> str:
-    return "=r," * words_of_call(bits) + "=r,=r" + ",f" * (dim // 16 + 1)
+    return "=r," * words_of_call(bits, dim) + "=r,=r" + ",f" * (dim // 16 + 1)
 
 
 @gluon.constexpr_function
@@ -143,26 +143,16 @@ def encode(y, factor, BITS: gl.constexpr, DIM: gl.constexpr, ASM: gl.constexpr):
     """Words of codes and two sums of `encode_asm`, each [16, columns]."""
     CONSTRAINTS: gl.constexpr = encode_constraints(DIM, BITS)
     y += (factor,)
-    # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
-    if BITS == 3:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32, int32), True, 1)
-    else:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
-    return out
+    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
 
 
 @gluon.jit
-def write_key_words(
-    row_ptr, words, valid, ROW: gl.constexpr, WHOLE: gl.constexpr, LANES_APART: gl.constexpr
-):  # fmt: skip
-    """Words [16, columns] of 16 tokens into their rows of ROW bytes, the first at `row_ptr`, if `valid`.
-
-    All four bytes of a word if `WHOLE`, else two; the words of rows `LANES_APART` apart are the same.
-    """
+def write_key_words(row_ptr, words, valid, ROW: gl.constexpr, WHOLE: gl.constexpr):
+    """Words [16, columns] of 16 tokens into their rows of ROW bytes, the first at `row_ptr`, if `valid`."""
     halves = gl.split(gl.permute(gl.reshape(words, [2, 8, TOKENS]), [1, 2, 0]))  # bit 0 of a dim
     LANES: gl.constexpr = halves[0].type.layout
     out = gl.inline_asm_elementwise(SIDE_BY_SIDE, "=&r,=r,r,r", halves, (int32, int32), True, 1)
-    word = gl.arange(0, 8, layout=gl.SliceLayout(1, LANES))[:, None] % LANES_APART
+    word = gl.arange(0, 8, layout=gl.SliceLayout(1, LANES))[:, None]
     token = token_of(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LANES)))[None, :]
     mask = gl.convert_layout(valid, gl.SliceLayout(0, LANES), assert_trivial=True)[None, :] & (word >= 0)
     ptr = row_ptr.to(gl.pointer_type(int32)) + (token * (ROW // 4) + word)
@@ -172,10 +162,8 @@ def write_key_words(
 
 
 @gluon.jit
-def write_value_words(
-    group_ptr, words, valid, whole, WHOLE: gl.constexpr, LANES_APART: gl.constexpr
-):  # fmt: skip
-    """The same into the group at `group_ptr`: byte j of all tokens, then j + 1; `whole`: all are valid."""
+def write_value_words(group_ptr, words, valid, whole, WHOLE: gl.constexpr):
+    """Words [16, columns] of 16 tokens into the group at `group_ptr`: byte j of all tokens, then j + 1."""
     # Tokens 4c and 4c + 2, 4c + 1 and 4c + 3.
     even, odd = gl.split(gl.permute(gl.reshape(words, [16, 2, 4, 2]), [0, 2, 1, 3]))
     first, third = gl.split(even)
@@ -183,7 +171,7 @@ def write_value_words(
     LANES: gl.constexpr = first.type.layout
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, LANES))[:, None]
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :]
-    byte = row % LANES_APART * 4 + row // 8
+    byte = row % 8 * 4 + row // 8
     tokens = (first, second, third, fourth)
     if whole:
         out = gl.inline_asm_elementwise(
@@ -269,7 +257,7 @@ def store_side(
 
         root = gl.rsqrt(squares)
         out = encode(y, (root * (UNIT * STEPS[0] * DIM**0.5))[None, :], BITS, DIM, ASM)
-        WORDS: gl.constexpr = words_of_call(BITS)
+        WORDS: gl.constexpr = words_of_call(BITS, DIM)
         numerator = gl.sum(out[WORDS], axis=0).to(float32)
         over = gl.rsqrt(gl.maximum(gl.sum(out[WORDS + 1], axis=0).to(float32), TINY))
         length = squares * root * unit
@@ -281,15 +269,13 @@ def store_side(
         valid = (here >= 0) & (here < new) & space
         scale_ptr = (page_ptr + scales_offset).to(gl.pointer_type(gl.bfloat16)) + position
         gl.store(scale_ptr + (here - at), scale.to(gl.bfloat16), mask=valid)
-        whole = gl.min(valid.to(int32), axis=0) == 1
         for w in gl.static_range(WORDS):
-            row_ptr = page_ptr + position * ROW
             if INTERLEAVED:
-                group_ptr = row_ptr + (rows_offset + first_byte(DIM, w) * TOKENS)
-                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64, lanes_apart(w))
+                group_ptr = page_ptr + rows_offset + position * ROW + w * (64 * TOKENS)
+                whole = gl.min(valid.to(int32), axis=0) == 1
+                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64)
             else:
-                row_ptr += first_byte(DIM, w)
-                write_key_words(row_ptr, out[w], valid, ROW, ROW >= 64, lanes_apart(w))
+                write_key_words(page_ptr + position * ROW + w * 64, out[w], valid, ROW, ROW >= 64)
 
 
 @gluon.jit
@@ -333,7 +319,7 @@ def takes(k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, beside: Beside) -> bo
     sides = ((k, fmt.k_bits), (v, fmt.v_bits))
     return (
         k.shape[2] >= LEAST_TOKENS
-        and all((x.shape[-1] == 128 and bits < 8) or (x.shape[-1], bits) == (64, 4) for x, bits in sides)
+        and all((x.shape[-1], bits) in ((128, 2), (64, 4), (128, 4)) for x, bits in sides)
         and k.dtype == v.dtype
         and k.dtype in (torch.bfloat16, torch.float16)
         and (beside.k_mean is None or beside.k_mean.dtype == k.dtype)

@@ -131,7 +131,7 @@ PROMPT_GPU = [  # `store_prompt`; groups of 16 that others share, before the row
         for name, dim, v_dim in (
             ("k4v4", 128, 128),
             ("k3v2", 128, 128),
-            ("k4v3", 64, 128),
+            ("k4v2", 64, 128),
             ("k2v4", 128, 64),
             ("k8v4", 128, 128),
         )
