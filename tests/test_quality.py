@@ -187,7 +187,9 @@ def test_a_balance_of_pairs_commutes_with_rope():
 
 
 # Of a longer chunk attention gets the chunk's own tokens as they came.
-@pytest.mark.parametrize("parts", [[CHUNK, *[DECODE_TOKENS] * 8], [CHUNK, *[1] * 60]], ids=["chunks", "tokens"])
+@pytest.mark.parametrize(
+    "parts", [[CHUNK, *[DECODE_TOKENS] * 8], [CHUNK, *[1] * 60]], ids=["chunks", "tokens"]
+)
 def test_the_harness_reads_what_a_turboquant_cache_gives(network, parts):
     ids = model.texts()[:2, : sum(parts)]
     # A chunk of queries has the exact tokens of its last one; one token at a time has all.
