@@ -11,8 +11,8 @@ Three launches (two for a lossless format):
 3. `decode_reduce`: the partials of a query row are added up and rotated back, and joined by what they leave
    out: exact tokens, and slots past the length (keys of zeros).
 
-On a GPU that can, `decode_warp` takes the place of the first two for few rows without a mask; `prefill`
-does for many tokens, and attends to a chunk as it came.
+On a GPU that can, `decode_warp` takes the place of the first two for few rows, without a mask or with one
+over keys; `prefill` does for many tokens, and attends to a chunk as it came.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.

@@ -11,6 +11,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from tq_inductor import TurboQuantCache
 
 IDS = torch.randint(3, 99, (2, 20))
+CACHES = {
+    "static": lambda config: StaticCache(config=config, max_cache_len=32),
+    "dynamic": lambda config: DynamicCache(config=config),
+    "turboquant": lambda config: TurboQuantCache(config, 32),
+}
 
 
 def small(name, auto=AutoModelForCausalLM, **config):
@@ -36,28 +41,20 @@ def keeps(model, *args, what=keeps_keys, **kwargs):
 
 
 @pytest.mark.parametrize("initialised", [False, True])
-@pytest.mark.parametrize("kind", ["static", "dynamic", "turboquant"])
+@pytest.mark.parametrize("kind", CACHES)
 def test_prefill_into_a_cache_keeps_keys(kind, initialised):
     model = small("llama", num_key_value_heads=2)
-    cache = {
-        "static": lambda: StaticCache(config=model.config, max_cache_len=32),
-        "dynamic": lambda: DynamicCache(config=model.config),
-        "turboquant": lambda: TurboQuantCache(model.config, 32),
-    }[kind]()
+    cache = CACHES[kind](model.config)
     if initialised and kind != "dynamic":
         cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
     assert keeps(model, IDS, past_key_values=cache)
     assert keeps(model, IDS)  # a DynamicCache is returned
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic", "turboquant"])
+@pytest.mark.parametrize("kind", CACHES)
 def test_a_decode_step_returns_keys_of_a_growing_cache_only(kind):
     model = small("llama", num_key_value_heads=2)
-    cache = {
-        "static": lambda: StaticCache(config=model.config, max_cache_len=32),
-        "dynamic": lambda: DynamicCache(config=model.config),
-        "turboquant": lambda: TurboQuantCache(model.config, 32),
-    }[kind]()
+    cache = CACHES[kind](model.config)
     with torch.no_grad():
         model(IDS, past_key_values=cache)
     assert keeps(model, IDS[:, :1], past_key_values=cache, what=returns_keys) == (kind == "dynamic")
