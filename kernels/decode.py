@@ -65,7 +65,7 @@ def attend_tile(
     SOFTCAP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr,
     K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TWO_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`: the online softmax of flash attention, base 2."""
     PACKED: tl.constexpr = K_BITS != 16
@@ -111,7 +111,10 @@ def attend_tile(
         weights *= (v_scale / largest)[None, :]
         acc += tl.dot(weights.to(OPERAND), v, input_precision="ieee") * (largest * FP16_UNIT)
     else:
-        acc = tl.dot(weights.to(OPERAND), v, acc, input_precision="ieee")
+        rounded = weights.to(OPERAND)
+        acc = tl.dot(rounded, v, acc, input_precision="ieee")
+        if TWO_WEIGHTS:
+            acc = tl.dot((weights - rounded.to(tl.float32)).to(OPERAND), v, acc)
     return acc, total, new_peak
 
 
@@ -127,8 +130,8 @@ def decode_split_kernel(
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr,
     MASK: tl.constexpr, HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    DIRECT: tl.constexpr, PDL: tl.constexpr,
+    TWO_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, DIRECT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -230,7 +233,8 @@ def decode_split_kernel(
                 acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
                 table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr,
                 v_scale_ptr, scale_stride_b, start, filled, dv_start, visible, 0.0, SOFTCAP, K_BITS, V_BITS,
-                K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV,
+                K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, TWO_WEIGHTS, BLOCK_N, BLOCK_D,
+                BLOCK_DV,
             )  # fmt: skip
         else:
             if MASK == KEY_MASK:
@@ -253,7 +257,7 @@ def decode_split_kernel(
                     table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
                     k_scale_ptr, v_scale_ptr, scale_stride_b, start, filled, dv_start, visible, bias,
                     SOFTCAP, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE,
-                    BLOCK_N, BLOCK_D, BLOCK_DV,
+                    TWO_WEIGHTS, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
     if PDL:
@@ -422,8 +426,11 @@ def _launch(
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
-        HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, PAGE=page, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
+        HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, PAGE=page,
+        # bf16 weights would cost as much as a bf16 result: where keys and values are what takes the time,
+        # what rounding leaves of them is a second product.
+        TWO_WEIGHTS=operand == tl.bfloat16 and rows <= block_m,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
         num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
         num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
         **early_launch(q.device),

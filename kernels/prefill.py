@@ -176,6 +176,12 @@ def constraints_of(bits):
     return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
 
 
+@triton.constexpr_function
+def unit_of(asm):
+    """What `centroids` are divided by: the instruction gives them as they are, a shift of their bits not."""
+    return 1.0 if asm else FP16_UNIT.value
+
+
 @triton.jit
 def quad(a, b, c, d):
     """Four tensors of one shape, side by side in a new last dimension."""
@@ -188,7 +194,7 @@ def centroids(
     words, signs, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, TABLE: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Words of four packed bytes [A, B] -> [A, B, 4, codes of a byte]: centroids in fp16, divided by 256.
+    """Words of four packed bytes [A, B] -> [A, B, 4, codes of a byte]: centroids in fp16, over `unit_of(ASM)`.
 
     Of 3 bits the words have the magnitudes, and bits 0, 2, 4, 6 of the bytes of `signs` the signs. `ASM` is
     `unpack_asm`, or empty where there is no instruction for it.
@@ -236,7 +242,7 @@ def load_keys(
     rows_ptr, start, filled, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, TABLE: tl.constexpr,
     DIM: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The centroids of the packed keys of slots `start`.., [BLOCK_N, DIM] fp16, finite past `filled`."""
+    """`centroids` of the packed keys of slots `start`.., [BLOCK_N, DIM] fp16, finite past `filled`."""
     ROW: tl.constexpr = DIM * BITS // 32  # in words
     PLANE: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 32
     slot, word = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, PLANE)[None, :]
@@ -341,7 +347,7 @@ def prefix_kernel(
         slot = start + tl.arange(0, BLOCK_N)
         known = slot < filled
         k = load_keys(k_ptr, start, filled, K_BITS, K_LO, K_HI, K_TABLE, K_DIM, BLOCK_N, K_ASM)
-        k_scale = tl.load(k_scale_ptr + slot, mask=known, other=0.0).to(tl.float32) * FP16_UNIT
+        k_scale = tl.load(k_scale_ptr + slot, mask=known, other=0.0).to(tl.float32) * unit_of(K_ASM)
         scores = tl.dot(q, tl.trans(k)) * k_scale[None, :] * factor[:, None]
         if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
             scores = squash(scores + mean_score[:, None], SOFTCAP)
@@ -365,7 +371,7 @@ def prefix_kernel(
 
     part = group_row * splits + split
     columns = tl.arange(0, V_DIM)
-    share = largest * (FP16_UNIT / WEIGHT_UNIT) / tl.where(total == 0.0, 1.0, total)
+    share = largest * (unit_of(V_ASM) / WEIGHT_UNIT) / tl.where(total == 0.0, 1.0, total)
     out = acc * share[:, None]
     tl.store(partial_ptr + part[:, None] * V_DIM + columns[None, :], out, mask=valid[:, None])
     tl.store(log_ptr + part, peak + tl.log2(total), mask=valid)
