@@ -178,7 +178,7 @@ def constraints_of(bits):
 
 @triton.constexpr_function
 def unit_of(asm):
-    """What `centroids` are divided by: the instruction gives them as they are, a shift of their bits not."""
+    """What `centroids` are divided by: the instruction gives them as they are, shifted bits do not."""
     return 1.0 if asm else FP16_UNIT.value
 
 
@@ -194,7 +194,7 @@ def centroids(
     words, signs, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, TABLE: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Words of four packed bytes [A, B] -> [A, B, 4, codes of a byte]: centroids in fp16, over `unit_of(ASM)`.
+    """Words of four packed bytes [A, B] -> [A, B, 4, codes of a byte]: fp16 centroids over `unit_of(ASM)`.
 
     Of 3 bits the words have the magnitudes, and bits 0, 2, 4, 6 of the bytes of `signs` the signs. `ASM` is
     `unpack_asm`, or empty where there is no instruction for it.

@@ -244,10 +244,18 @@ def check_store(case: Case, device: str) -> None:
         scales = [x[f"{side}_scales"] for x in (old, want, got)]
         assert torch.equal(*(x[~written].view(torch.int16) for x in scales[::2])), f"{side}: scales"
         want_scale, got_scale = (x[written].float() for x in scales[1:])
-        # A code that is another one, at a boundary, moves the fit of its vector by up to another ulp, and so
-        # does a mean that rounds to its other neighbour.
-        ulps = 1 + (codes[0] != codes[1]).any(-1).to(torch.int32)
-        if side == "k" and beside.k_mean is not None:
+        # Where a code is another one, at a boundary, the scale is the least-squares fit of these codes.
+        for at in (codes[0] != codes[1]).any(-1).nonzero()[:, 0].tolist():
+            row, token = written.nonzero()[at, :2], written.nonzero()[at, 2]
+            token = token - (lengths(case, "cpu").expand(case.batch)[row[0]] - case.q_len)
+            x = (k if side == "k" else v)[row[0], row[1], token].cpu().double()
+            if side == "k" and got_beside.k_mean is not None:
+                x = x - got_beside.k_mean[row[0], row[1]].cpu()
+            y = x @ rotations(case, "cpu")[side == "v"].double()
+            c = codec.centroids_of(codes[1][at], bits).double()
+            want_scale[at] = y @ c / (c @ c)
+        ulps = torch.ones(len(want_scale))
+        if side == "k" and beside.k_mean is not None:  # a mean that rounds to its other neighbour
             moved_mean = (got_beside.k_mean.cpu() != beside.k_mean).any(-1)
             ulps += moved_mean[..., None].expand(written.shape)[written]
         close = (got_scale - want_scale).abs() <= want_scale.abs() * ulps * 2**-7

@@ -98,6 +98,7 @@ def record_launches() -> list[tuple]:
             append_and_attend(cache, q_rows, new, new, lens, *turns, *visible, None, *last)
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
+        attend(*torch.zeros(3, 2, 8, 256, 256, dtype=BF16), None, None, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
         varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)
     finally:
@@ -117,6 +118,8 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     options = {name: kwargs[name] for name in names if name in kwargs}
     if "PDL" in kwargs:  # without a GPU to ask, launchers leave it out
         kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
+    if "COPIES" in kwargs and target[0] == "hip":
+        options["num_stages"] = 2
     if "K_ASM" in kwargs and not kernel.is_gluon():
         native = target[0] == "cuda" and target[1] >= 89
         asm = {f"{side}_ASM": unpack_asm(kwargs[f"{side}_BITS"]) if native else "" for side in "KV"}
@@ -147,7 +150,7 @@ def main() -> int:
     launches = {}
     for kernel, args, kwargs in record_launches():
         names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN")
-        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
+        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE", "K_DIM", "COPIES")
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
