@@ -33,12 +33,13 @@ def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[
     tiny = torch.finfo(torch.float32).tiny
     y = (x / (unit + (largest - largest))) @ rotation  # NaN if the largest is infinite
     rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
+    peak = y.abs().amax(-1, keepdim=True).clamp(min=tiny)
     if bits == 8:
         grid = (y * (FP8_UNIT / rms)).clamp(-FP8_MAX, FP8_MAX).nan_to_num(0.0)
         codes = grid.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         book = codebook(bits)
-        grid = y.abs() * (book.unit / rms)
+        grid = y.abs() * (book.per_rms / rms + book.per_peak / peak)
         codes = (grid[..., None] > grid.new_tensor(book.midpoints)).sum(-1)
         codes = (codes | ((y < 0).long() << (bits - 1))).to(torch.uint8)
     centroids = centroids_of(codes, bits)
