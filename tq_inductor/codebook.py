@@ -46,10 +46,10 @@ class Codebook:
 
 
 # No other magnitudes of the grid have less distortion on the unit sphere at D=128 with one unit for all
-# vectors: tests/test_codec.py searches all of them. One unit is too small for a vector of small peak and too
-# large for one of a large peak. For these magnitudes and the least-squares scale the shares of root mean square
-# and peak are within 0.6% of the best at D=128, and lose nothing against one unit up to D=576 (at 3 bits 256)
-# nor with constant vectors of up to 64. At 2 bits a peak would save 0.04%.
+# vectors: tests/test_codec.py searches all of them. One unit is too small where the peak is small and too
+# large where it is large. What depends on the peak here is within 0.6% of the best at D=128 (of 4 bits: 0 and
+# 3.22), and loses nothing against one unit at any D up to 512 (of 3 bits: 256), nor with constant vectors of
+# D=32 and 64. At 2 bits the peak would save 0.04%. A second feature of a vector saves less than 1%.
 CODEBOOKS = {
     2: Codebook((0.5625, 1.875), 1.242, 0.0),
     3: Codebook((0.375, 1.125, 2.0, 3.25), 0.85, 1.9),
