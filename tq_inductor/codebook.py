@@ -46,10 +46,11 @@ class Codebook:
 
 
 # No other magnitudes of the grid have less distortion on the unit sphere at D=128 with one unit for all
-# vectors: tests/test_codec.py searches all of them. One unit is too small where the peak is small and too
-# large where it is large. What depends on the peak here is within 0.6% of the best at D=128 (of 4 bits: 0 and
-# 3.22), and loses nothing against one unit at any D up to 512 (of 3 bits: 256), nor with constant vectors of
-# D=32 and 64. At 2 bits the peak would save 0.04%. A second feature of a vector saves less than 1%.
+# vectors: tests/test_codec.py searches all of them. One unit is too small where the peak is small and
+# too large where it is large. What depends on the peak here is within 0.6% of the best at D=128 (of 4
+# bits: 0 and 3.22), and loses nothing against one unit at any D up to 512 (of 3 bits: 256), nor with
+# constant vectors of D=32 and 64. At 2 bits the peak would save 0.04%. A second feature of a vector
+# saves less than 1%.
 CODEBOOKS = {
     2: Codebook((0.5625, 1.875), 1.242, 0.0),
     3: Codebook((0.375, 1.125, 2.0, 3.25), 0.85, 1.9),

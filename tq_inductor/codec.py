@@ -13,6 +13,8 @@ FP8_MAX = 448.0
 def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate vectors and round each coordinate to its nearest centroid.
 
+    What a centroid of 3 or 4 bits is worth while rounding depends on the vector's largest rotated
+    magnitude too: a vector with a large coordinate is coded more coarsely, one without more finely.
     The scale is the least-squares one, <y, c> / <c, c>, rather than the norm: at the same bytes it
     has less distortion, and it is exact for vectors that the rotation makes flat (one-hot ones).
 
