@@ -30,11 +30,12 @@ def magnitude_words(bits: int) -> tuple[int, int]:
     return table & 0xFFFFFFFF, table >> 32
 
 
-def quantiser(bits: int) -> tuple[tuple[float, ...], float]:
-    """Magnitudes (none for 8 bits) and e4m3 units per standard deviation."""
+def quantiser(bits: int) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """Magnitudes (none for 8 bits), and e4m3 units of a vector's root mean square and of its peak."""
     if bits not in (2, 3, 4):
-        return (), FP8_UNIT
-    return codebook(bits).magnitudes, codebook(bits).unit
+        return (), (FP8_UNIT, 0.0)
+    book = codebook(bits)
+    return book.magnitudes, (book.per_rms, book.per_peak)
 
 
 @triton.constexpr_function

@@ -52,8 +52,7 @@ def code_steps(bits: int, dim: int) -> tuple[float, float]:
 
     The first is a power of two with which the largest coordinate fits 15 bits.
     """
-    largest = codebook(bits).unit * dim**0.5
-    return 2.0 ** math.floor(math.log2(32767 / largest)), CENTROID_STEPS
+    return 2.0 ** math.floor(math.log2(32767 / codebook(bits).largest(dim))), CENTROID_STEPS
 
 
 def literal(value: float) -> str:

@@ -119,15 +119,20 @@ def sum_of_squares(y, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def largest_of(y, COUNT: gl.constexpr):
+    largest = gl.abs(y[0])
+    for i in gl.static_range(1, COUNT):
+        largest = gl.maximum(largest, gl.abs(y[i]))
+    return gl.max(largest, axis=0)
+
+
+@gluon.jit
 def to_ordinary(y, COUNT: gl.constexpr):
     """Vectors over a power of two, with squares between SMALL and LARGE; their squares, and that power.
 
     Of a vector with NaN or infinity 0, and NaN for the power.
     """
-    peak = gl.max(gl.abs(y[0]), axis=0)
-    for i in gl.static_range(1, COUNT):
-        peak = gl.maximum(peak, gl.max(gl.abs(y[i]), axis=0))
-    squares = sum_of_squares(y, COUNT)
+    squares, peak = sum_of_squares(y, COUNT), largest_of(y, COUNT)
     broken = (squares != squares) | (peak == float("inf"))  # a maximum may drop NaN
     exponent = gl.minimum(gl.maximum(peak.to(int32, bitcast=True) >> 23, 1), 253)
     unit = gl.where(broken, float("nan"), (exponent << 23).to(float32, bitcast=True))
@@ -268,13 +273,16 @@ def store_side(
             y, squares, unit = to_ordinary(y, COUNT)
 
         root = gl.rsqrt(squares)
-        out = encode(y, (root * (UNIT * STEPS[0] * DIM**0.5))[None, :], BITS, DIM, ASM)
+        to_steps = root * (UNIT[0] * STEPS[0] * DIM**0.5)
+        if UNIT[1] > 0:
+            over = gl.rsqrt(gl.maximum(largest_of(y, COUNT), SMALL))
+            to_steps += over * over * (UNIT[1] * STEPS[0])
+        out = encode(y, to_steps[None, :], BITS, DIM, ASM)
         WORDS: gl.constexpr = words_of_call(BITS)
         numerator = gl.sum(out[WORDS], axis=0).to(float32)
-        over = gl.rsqrt(gl.maximum(gl.sum(out[WORDS + 1], axis=0).to(float32), TINY))
-        length = squares * root * unit
-        scale = length * (numerator * over * over * (STEPS[1] / (UNIT * STEPS[0])))
-        scale = gl.where(length * DIM**0.5 < TINY, 0.0, scale)
+        over = gl.rsqrt(gl.sum(out[WORDS + 1], axis=0).to(float32) * to_steps)
+        scale = unit * (numerator * over * over * (STEPS[1] * DIM**0.5))
+        scale = gl.where(squares * root * unit * DIM**0.5 < TINY, 0.0, scale)
 
         here = at + token_of(gl.arange(0, TOKENS, layout=COLUMNS))
         space = locate_page(start + here, batch, head, cache_stride_b, cache_stride_h, page_size)[1]

@@ -59,12 +59,19 @@ def test_codes_lie_in_the_bytes_that_the_format_says(bits, dim):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sums_fit_their_integers(bits, dim):
-    """Coordinates are at most sqrt(D) standard deviations, and centroids the largest."""
+    """Coordinates are the largest, or a vector the longest that it can be; and centroids the largest."""
     steps, centroid_steps = code_steps(bits, dim)
     book = codebook(bits)
-    assert steps * book.unit * dim**0.5 < 2**15
+    y = torch.randn(1000, dim) * 10 ** torch.rand(1000, dim)
+    y[0, 1:] = 0  # a coordinate of all the length
+    y[1] = 1
+    factor = book.per_rms / y.square().mean(-1).sqrt() + book.per_peak / y.abs().amax(-1)
+    grid = y.abs() * factor[:, None]
+    assert grid.max() <= book.largest(dim) * (1 + 1e-6)
+    assert steps * book.largest(dim) < 2**15
     assert dim * (centroid_steps * book.magnitudes[-1]) ** 2 < 2**31
-    length = steps * book.unit * dim**0.5
+    length = steps * (book.per_rms + book.per_peak) * dim**0.5  # of a vector whose coordinates are equal
+    assert steps * grid.norm(dim=-1).max() <= length * (1 + 1e-6)
     assert length * centroid_steps * book.magnitudes[-1] * dim**0.5 < 2**31
     low, high = table_words(bits)
     table = [(low | high << 32) >> 8 * i & 0xFF for i in range(len(book.magnitudes))]
