@@ -7,7 +7,9 @@ from ..format import KVFormat
 from .decode import decode
 from .decode_query import store_and_rotate
 from .decode_warp import attend_by_warps, takes
+from .exact import exact_work
 from .pages import tokens_of_page
+from .scores import expand_bounds
 from .store import store
 
 
@@ -42,11 +44,14 @@ def append_and_attend(
         )  # fmt: skip
     out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
     with torch.cuda.device_of(q):
+        bounds = expand_bounds(bounds, q)
+        of_exact = (fmt.v_head_dim, seq_lens, attn_mask, bounds, max_len, softcap, beside, (k, v))
+        work = exact_work(q, cache.shape[1], *of_exact)
         queries = store_and_rotate(
-            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, softcap, block_table
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, work, softcap, block_table
         )
         attend_by_warps(
-            out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-            beside, softcap, block_table,
+            out, q, queries, work.parts, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+            max_len, scale, beside, softcap, block_table,
         )  # fmt: skip
     return out

@@ -9,10 +9,10 @@ Three launches (two for a lossless format):
    the base-2 logarithm of its sum of weights. Runs divide what is visible (`bounds`, else the
    device's length), so a cache filled to a fraction f costs f; the grid depends on static sizes only.
 3. `decode_reduce`: the partials of a query row are added up and rotated back, and joined by what they leave
-   out: exact tokens, and slots past the length (keys of zeros).
+   out: slots past the length (keys of zeros), and tokens that are there as they came.
 
 On a GPU that can, `decode_warp` takes the place of the first two for few rows, without a mask or with one
-over keys; `prefill` does for many tokens, and attends to a chunk as it came.
+over keys; `prefill` does for many tokens. `exact` and `unpacked` have what is there as it came.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.
@@ -37,7 +37,13 @@ from .bits import (
     sm_count,
 )
 from .decode_query import rotate, rotate_queries
-from .decode_reduce import (
+from .decode_reduce import reduce_splits
+from .decode_rows import load_query, load_rows
+from .decode_warp import attend_by_warps, takes
+from .exact import Parts, exact_work
+from .pages import TOGETHER, find_tokens, table_arguments, tokens_of_page
+from .prefill import attend_to_prefix, takes_prefix
+from .scores import (
     KEY_MASK,
     LOG2_E,
     NO_MASK,
@@ -45,13 +51,9 @@ from .decode_reduce import (
     has_whole,
     load_mask,
     mask_arguments,
-    reduce_splits,
     squash,
 )
-from .decode_rows import load_query, load_rows
-from .decode_warp import attend_by_warps, takes
-from .pages import TOGETHER, find_tokens, table_arguments, tokens_of_page
-from .prefill import attend_to_chunk, attend_to_prefix, takes_prefix
+from .unpacked import attend_unpacked
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
@@ -344,33 +346,37 @@ def decode(
     k_mean = None if softcap is None else beside.k_mean  # the reduction adds it otherwise
     if own is None and takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
         with torch.cuda.device_of(q):
-            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
+            of_exact = (fmt.v_head_dim, seq_lens, attn_mask, bounds, max_len, softcap, beside)
+            work = exact_work(q, cache.shape[1], *of_exact)
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean, work)
             attend_by_warps(
-                out, q, queries, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale,
-                beside, softcap, block_table, lse,
+                out, q, queries, work.parts, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+                max_len, scale, beside, softcap, block_table, lse,
             )  # fmt: skip
         return out
     planes = fmt.planes(fmt.page_size(cache.shape[-1]))
     views = [cache[..., plane.offset : plane.offset + plane.nbytes] for plane in planes]
     where, visible = (block_table, page), (attn_mask, bounds, sinks, max_len, scale, softcap, lse)
     with torch.cuda.device_of(q):
-        of_own = None
-        if own is not None:
-            of_own = attend_to_chunk(q, own, seq_lens, attn_mask, bounds, max_len, scale, softcap)
+        beside = NOTHING if fmt.is_lossless else beside
+        unpacked = (attn_mask, bounds, max_len, scale, softcap, cache.shape[1], fmt.v_head_dim)
+        parts = attend_unpacked(q, own, beside, seq_lens, *unpacked)
+        own_tokens = 0 if own is None else own[0].shape[2]
         if takes_prefix(q, fmt, page):
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
-            attend_to_prefix(out, q, queries, cache, seq_lens, v_rotation, *visible, fmt, beside, of_own)
+            last = (*visible, fmt, beside, own_tokens, parts)
+            attend_to_prefix(out, q, queries, cache, seq_lens, v_rotation, *last)
         elif fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
-            _launch(out, q, q, None, k, v, fmt, None, seq_lens, None, *where, *visible, NOTHING, of_own)
+            last = (*where, *visible, beside, own_tokens, parts)
+            _launch(out, q, q, None, k, v, fmt, None, seq_lens, None, *last)
         else:
             k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
             scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
             rotated = rotate(q, k_rotation, scale, k_mean)
-            _launch(
-                out, q, *rotated, k, v, fmt, scales, seq_lens, v_rotation, *where, *visible, beside, of_own
-            )
+            last = (*where, *visible, beside, own_tokens, parts)
+            _launch(out, q, *rotated, k, v, fmt, scales, seq_lens, v_rotation, *last)
     return out
 
 
@@ -406,12 +412,12 @@ def _launch(
     block_table: torch.Tensor | None, page: int, attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
     softcap: float | None, lse: torch.Tensor | None, beside: Beside,
-    own: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    own: int = 0, parts: Parts | None = None,
 ) -> None:  # fmt: skip
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given.
 
-    If k and v are packed, q and `mean_scores` are `rotate`'s of `raw_q` and `scales` are given. `own`: see
-    `reduce_splits`.
+    If k and v are packed, q and `mean_scores` are `rotate`'s of `raw_q` and `scales` are given. `parts` has
+    the exact tokens and the `own` last ones.
     """
     batch, heads, q_len, dim = q.shape
     dv, kv_heads = out.shape[3], k.shape[1]
@@ -459,7 +465,7 @@ def _launch(
         q if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
         partial, logs, *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2],
         lens_stride, from_stride, *bounds_strides, *mask_strides, *table[1:], q_len,
-        0 if own is None else own[2], max_len, splits,
+        own, max_len, splits,
         scale, K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
@@ -472,5 +478,5 @@ def _launch(
         return
     reduce_splits(
         out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        beside, softcap, lse, own=own,
+        None if softcap else beside.k_mean, lse, parts,
     )  # fmt: skip

@@ -1,11 +1,11 @@
 """The last step of split-KV decoding: add up the partial outputs of a query row, and what they leave out.
 
 Partials are of packed tokens, in the rotated space of the values, their scores less `q . mean` unless a
-softcap needed it before. Left out are exact tokens (`beside` says which), a sink of the head, and visible
-slots past the length, whose keys and values are zeros. A chunk that attends to itself as it came has one
-partial more, not rotated. A program takes one query row.
+softcap needed it before. Left out are a sink of the head, and visible slots past the length, whose keys and
+values are zeros. Tokens that are there as they came have partials of their own, `Parts`, whose scores are
+whole and which are not rotated. A program takes one query row.
 
-Bytes: the partials, and the exact tokens of a KV head for each of its query rows, once from memory.
+Bytes: the partials.
 """
 
 import torch
@@ -13,65 +13,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..beside import NOTHING, Beside
 from .bits import early_launch, hadamard, nan_if_overfull
+from .exact import Parts
+from .scores import LOG2_E, NO_MASK, load_mask, mask_arguments
 
-LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)
+LN_2 = tl.constexpr(0.6931471805599453)
 # What is left to do of the rotation back.
 NONE, HADAMARD, MATRIX, SIGNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-NO_MASK, BOOL_MASK, FLOAT_MASK, KEY_MASK = (tl.constexpr(i) for i in range(4))
-
-
-@triton.jit
-def squash(scores, SOFTCAP: tl.constexpr):
-    """Scores in base 2 after a softcap of natural ones, `SOFTCAP * tanh(s / SOFTCAP)`; 0: none."""
-    if SOFTCAP == 0:
-        return scores
-    else:
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFTCAP)))
-        return tanh * (SOFTCAP * LOG2_E)
-
-
-@triton.jit
-def load_mask(ptrs, inside, MASK: tl.constexpr):
-    """What a mask lets through, and what it adds to scores."""
-    if MASK != FLOAT_MASK:
-        visible = tl.load(ptrs, mask=inside, other=0) != 0
-        bias = 0.0
-    else:
-        bias = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
-        visible = bias != float("-inf")
-        bias = tl.maximum(bias * LOG2_E, LOWEST)  # finfo.min stays finite: such a row still attends
-    return visible, bias
-
-
-def expand_bounds(bounds: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """`bounds` with a row for each row of the batch and token of q `[B, H, q, D]`."""
-    return None if bounds is None else bounds.expand(q.shape[0], q.shape[2], bounds.shape[2])
-
-
-def is_key_mask(attn_mask: torch.Tensor) -> bool:
-    """Whether a mask is bool and the same for all heads and queries."""
-    return attn_mask.dtype == torch.bool and attn_mask.shape[-3:-1].numel() == 1
-
-
-def has_whole(bounds: torch.Tensor | None, mask_kind: int) -> bool:
-    """Whether `bounds` say where a bool mask need not be read."""
-    return bounds is not None and bounds.shape[2] == 4 and mask_kind in (BOOL_MASK.value, KEY_MASK.value)
-
-
-def mask_arguments(
-    attn_mask: torch.Tensor | None, q: torch.Tensor, max_len: int
-) -> tuple[int, torch.Tensor, tuple[int, ...]]:
-    """(kind, tensor, its strides over `[B, H, q, max_len]`) for a kernel; without a mask any tensor."""
-    if attn_mask is None:
-        return NO_MASK.value, q, (0, 0, 0, 0)
-    strides = attn_mask.expand(*q.shape[:3], max_len).stride()
-    if attn_mask.dtype != torch.bool:
-        return FLOAT_MASK.value, attn_mask, strides
-    kind = KEY_MASK if is_key_mask(attn_mask) else BOOL_MASK
-    return kind.value, attn_mask.view(torch.uint8), strides
 
 
 @triton.jit
@@ -101,36 +49,23 @@ def score_zeros(peak, total, mask_ptr, stride_n, first, high, MASK: tl.constexpr
 
 
 @triton.jit
-def locate_exact(i, first_recent, filled, low, high, SINKS: tl.constexpr, RECENT: tl.constexpr):
-    """Of the exact tokens with index `i`: position, slot, and which exist within `low` .. `high` - 1."""
-    position = tl.where(i < SINKS, i, first_recent + i - SINKS)
-    slot = tl.where(i < SINKS, i, SINKS + (position - SINKS) % max(RECENT, 1))
-    exists = (i < SINKS + RECENT) & (position < filled) & (position >= low) & (position < high)
-    return position, slot, exists
-
-
-@triton.jit
-def load_exact(ptr, slot, exists, dims, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The keys (or values) of these slots, [tokens, dims]; zeros where none exist."""
-    ptrs = ptr + slot.to(tl.int64)[:, None] * WIDTH + dims[None, :]
+def load_partials(ptr, index, exists, dims, DIM: tl.constexpr):
+    """The partial outputs with these indices, [partials, dims]; zeros where none exist."""
+    ptrs = ptr + index[:, None] * DIM + dims[None, :]
     return tl.load(ptrs, mask=exists[:, None] & (dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def decode_reduce_kernel(
     partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lse_ptr, q_ptr, mean_ptr,
-    exact_ptr, exact_from_ptr, bounds_ptr, mask_ptr, own_ptr, own_log_ptr, lens_stride, from_stride,
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b,
-    mask_stride_h, mask_stride_t, mask_stride_n, heads, splits, q_len, own, max_len, scale,
-    HAS_OWN: tl.constexpr, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr, HAS_BOUNDS: tl.constexpr,
-    MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    RECENT: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
+    bounds_ptr, mask_ptr, part_ptr, part_log_ptr, lens_stride, q_stride_b, q_stride_h, q_stride_t,
+    q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
+    mask_stride_n, heads, splits, q_len, max_len, scale, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MEAN: tl.constexpr,
+    HAS_LSE: tl.constexpr, PIECES: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    EXACT: tl.constexpr = SINKS + RECENT
-    WIDTH: tl.constexpr = K_DIM + V_DIM
     row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
     group_row = row // HEADS
     kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
@@ -151,22 +86,17 @@ def decode_reduce_kernel(
         elif MASK == NO_MASK:  # the queries are the last tokens
             high = tl.minimum(seq_len - q_len + token + 1, max_len).to(tl.int32)
         mask_ptr += batch * mask_stride_b + head * mask_stride_h + token * mask_stride_t
-    if HAS_MEAN or EXACT > 0:
+    if HAS_MEAN:
         q_ptr += batch * q_stride_b + head * q_stride_h + token * q_stride_t
         q = tl.load(q_ptr + k_dims * q_stride_d, mask=k_dims < K_DIM, other=0.0).to(tl.float32)
         q *= scale * LOG2_E
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if EXACT > 0:  # on their way while the partials are added
-        first_recent = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
-        first_recent = tl.maximum(tl.minimum(first_recent, max_len), SINKS).to(tl.int32)
-        exact_ptr += kv_row * (EXACT * WIDTH)
-        i = tl.arange(0, BLOCK_E)
-        before_own = tl.minimum(seq_len - own, max_len).to(tl.int32)
-        position, slot, exists = locate_exact(i, first_recent, before_own, low, high, SINKS, RECENT)
-        k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
-        v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
+    if PIECES > 0:  # on their way while the partials are added
+        piece = tl.arange(0, BLOCK_P)
+        part_log = tl.load(part_log_ptr + row * PIECES + piece, mask=piece < PIECES, other=float("-inf"))
+        part = load_partials(part_ptr, row * PIECES + piece, piece < PIECES, dims, V_DIM)
     if ROTATION == HADAMARD or ROTATION == SIGNS:  # noqa: SIM109
         first_column = tl.load(rotation_ptr + dims * V_DIM)
 
@@ -175,9 +105,7 @@ def decode_reduce_kernel(
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         log = tl.load(log_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
-        mask = (split < splits)[:, None] & (dims < V_DIM)[None, :]
-        partial_ptrs = partial_ptr + (row * splits + split)[:, None] * V_DIM + dims[None, :]
-        partial = tl.load(partial_ptrs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_D]
+        partial = load_partials(partial_ptr, row * splits + split, split < splits, dims, V_DIM)
         # Not a mask of the load, which would wait for the logarithms.
         partial = tl.where((log == float("-inf"))[:, None], 0.0, partial)
         peak, total, decay, weights = join(peak, total, log)
@@ -195,30 +123,11 @@ def decode_reduce_kernel(
         peak, total, decay = score_zeros(peak, total, mask_ptr, mask_stride_n, first, high, MASK, 1024)
         out *= decay
     extra = tl.zeros([BLOCK_D], tl.float32)  # in the space of the values as they came
-    if HAS_OWN:
-        own_log = tl.load(own_log_ptr + row + tl.arange(0, 1))
-        peak, total, decay, own_weight = join(peak, total, own_log)
+    if PIECES > 0:
+        peak, total, decay, weights = join(peak, total, part_log)
         out *= decay
-        own_part = tl.load(own_ptr + row * V_DIM + dims, mask=dims < V_DIM, other=0.0)
-        extra += own_part * tl.sum(own_weight, axis=0)
-    if EXACT > 0:
-        for start in range(0, EXACT, BLOCK_E):
-            scores = squash(tl.sum(k.to(tl.float32) * q[None, :], axis=1), SOFTCAP)
-            if MASK != NO_MASK:
-                ptrs = mask_ptr + position.to(tl.int64) * mask_stride_n
-                visible, bias = load_mask(ptrs, exists, MASK)
-                exists, scores = exists & visible, scores + bias
-            scores = tl.where(exists, scores, float("-inf"))
-            peak, total, decay, weights = join(peak, total, scores)
-            # A weight of zero hides no NaN.
-            value = tl.where(exists[:, None], v.to(tl.float32), 0.0)
-            extra = extra * decay + tl.sum(value * weights[:, None], axis=0)
-            out *= decay
-            if EXACT > BLOCK_E:
-                i = start + BLOCK_E + tl.arange(0, BLOCK_E)
-                position, slot, exists = locate_exact(i, first_recent, before_own, low, high, SINKS, RECENT)
-                k = load_exact(exact_ptr, slot, exists, k_dims, K_DIM, WIDTH)
-                v = load_exact(exact_ptr + K_DIM, slot, exists, dims, V_DIM, WIDTH)
+        part = tl.where((part_log == float("-inf"))[:, None], 0.0, part)
+        extra += tl.sum(part * weights[:, None], axis=0)
     if HAS_LSE:
         lse = (peak + tl.log2(total)) * LN_2 + missing
         tl.store(lse_ptr + batch_head * q_len + token, lse, mask=tl.program_id(1) == 0)
@@ -246,13 +155,13 @@ def decode_reduce_kernel(
         tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
 
 
-def blocks_of(splits: int, dim: int, exact: bool) -> tuple[int, int]:
+def blocks_of(splits: int, dim: int) -> tuple[int, int]:
     """Dims and warps of a program that has no transform to do: more programs of many splits."""
     if splits > 64:
         return min(32, dim), 8
     if splits > 16:
-        return min(32, dim), 4 if exact else 2
-    return dim, 4 if splits > 4 or exact else 1
+        return min(32, dim), 2
+    return dim, 4 if splits > 4 else 1
 
 
 def reduce_splits(
@@ -268,53 +177,44 @@ def reduce_splits(
     group: int,
     max_len: int,
     scale: float,
-    beside: Beside = NOTHING,
-    softcap: float | None = None,
+    k_mean: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    parts: Parts | None = None,
     transformed: bool = False,
-    own: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`, and `lse` `[B, H, q]` if given, from partials `[B, Hkv, row, split, Dv]`.
 
     Rows are token-major. The partials are rotated if there is a rotation, or `transformed`: of the rotation
-    the signs are left. With a softcap their scores are whole: the mean is in them. `own`: partials
-    `[B, Hkv, row, Dv]`, not rotated, and logarithms of the last tokens, and how many these are. `q`
-    `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the batch.
+    the signs are left; `parts` are not. `k_mean`: what scores of partials lack. `q` `[B, H, q, D]` as it
+    came, not rotated; `bounds` has a row for each row of the batch.
     """
     batch, heads, q_len, dv = out.shape
-    dim, splits = q.shape[3], partial.shape[3]
-    own_partial, own_logs, own_tokens = own or (partial, logs, 0)
-    k_mean, exact, exact_from, sink_tokens = beside
+    dim, splits, pieces = q.shape[3], partial.shape[3], 0 if parts is None else parts.logs.shape[3]
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
-    from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     block_d, block_k = triton.next_power_of_2(dv), triton.next_power_of_2(dim)
     rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 32 else MATRIX
     padded = triton.next_power_of_2(splits)
-    num_warps = 16 if padded > 64 else 4 if padded > 4 or exact is not None else 1
+    num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
     if rotation == HADAMARD:  # a value a thread: more would exchange the same values twice
         num_warps = min(num_warps, block_d // 32)
     if transformed:
         rotation = SIGNS
     if rotation in (NONE, SIGNS):
-        block_d, num_warps = blocks_of(splits, block_d, exact is not None)
-    slots = triton.next_power_of_2(0 if exact is None else exact.shape[2])
+        block_d, num_warps = blocks_of(splits, block_d)
     decode_reduce_kernel[(batch * heads * q_len, triton.cdiv(dv, block_d))](
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks.contiguous(),
         out if v_rotation is None else v_rotation, out, out if lse is None else lse, q,
-        out if k_mean is None else k_mean, out if exact is None else exact,
-        out if exact_from is None else exact_from, out if bounds is None else bounds, mask, own_partial,
-        own_logs, lens_stride, from_stride, *q.stride(),
+        out if k_mean is None else k_mean, out if bounds is None else bounds, mask,
+        *(parts or (partial, logs)), lens_stride, *q.stride(),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides,
-        heads, splits, q_len, own_tokens, max_len, scale, HAS_OWN=own is not None,
-        ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
+        heads, splits, q_len, max_len, scale, ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
         HAS_BOUNDS=bounds is not None, MASK=mask_kind, HAS_SINKS=sinks is not None,
-        HAS_MEAN=k_mean is not None and softcap is None, HAS_LSE=lse is not None,
-        SOFTCAP=softcap or 0.0, SINKS=sink_tokens, RECENT=beside.recent_tokens, K_DIM=dim, V_DIM=dv,
+        HAS_MEAN=k_mean is not None, HAS_LSE=lse is not None, PIECES=pieces, K_DIM=dim, V_DIM=dv,
         HEADS=group,
         # 64 values a thread
         BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),
-        BLOCK_E=max(1, min(slots, 1024 * num_warps // max(block_k, block_d))),
+        BLOCK_P=triton.next_power_of_2(max(1, pieces)),
         BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
         num_warps=num_warps, **early_launch(out.device),
     )  # fmt: skip

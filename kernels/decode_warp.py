@@ -29,16 +29,11 @@ from ..beside import NOTHING, Beside
 from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, unpack_asm
 from .decode_query import Queries
-from .decode_reduce import (
-    KEY_MASK,
-    LOG2_E,
-    expand_bounds,
-    has_whole,
-    is_key_mask,
-    mask_arguments,
-    reduce_splits,
-)
+from .decode_reduce import reduce_splits
+from .exact import Parts
 from .pages import table_arguments, tokens_of_page
+from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
+from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
 from .warp_tiles import (
     copy_keys,
@@ -416,6 +411,7 @@ def attend_by_warps(
     out: torch.Tensor,
     q: torch.Tensor,
     queries: Queries,
+    parts: Parts | None,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     v_rotation: torch.Tensor,
@@ -430,14 +426,20 @@ def attend_by_warps(
     block_table: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated."""
-    _, heads, q_len, _ = out.shape
-    bounds = expand_bounds(bounds, q)
+    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated.
+
+    `parts`: q over the exact tokens, if that is done. `bounds` has a row for each row of the batch.
+    """
+    heads, kv_heads, dv = q.shape[1], cache.shape[1], fmt.v_head_dim
+    k_mean = None if softcap else beside.k_mean
+    if parts is None:
+        visible = (attn_mask, bounds, max_len, scale, softcap)
+        parts = attend_unpacked(q, None, beside, seq_lens, *visible, kv_heads, dv)
     partial, logs = warp_split(
-        queries, cache, seq_lens, attn_mask, bounds, q_len, fmt, max_len, sm_count(out.device), beside,
+        queries, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len, sm_count(out.device), beside,
         softcap, block_table,
     )  # fmt: skip
     reduce_splits(
-        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // cache.shape[1],
-        max_len, scale, beside, softcap, lse, transformed=True,
+        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // kv_heads, max_len,
+        scale, k_mean, lse, parts, transformed=True,
     )  # fmt: skip

@@ -1,15 +1,13 @@
-"""Attention of many new tokens over a packed cache: what `decode` launches for chunks of a prompt.
+"""Attention of many new tokens over the packed tokens before them: what `decode` launches for chunks.
 
-- `chunk_kernel`: the queries over their own chunk, whose keys and values are there as they came. Any dtype
-  and head dimension; flash attention, of which a row block stops where its last row does.
-- `prefix_kernel`: the queries over the packed tokens before it. A tile is unpacked once for 64 or 128 query
-  rows, into the float16 operands of two tensor-core dots, so nothing is dequantized in memory. 16-bit
-  queries and powers of two; `decode_split_kernel` does the others.
+A tile is unpacked once for 64 or 128 query rows, into the float16 operands of two tensor-core dots, so
+nothing is dequantized in memory. 16-bit queries and powers of two; `decode_split_kernel` does the others.
+The chunk itself, and exact tokens, are `unpacked`'s.
 
-Both write normalised partial outputs and the base-2 logarithms of their sums of weights, which
-`decode_reduce` joins: those of the prefix are rotated, and their scores lack `q . mean` unless a softcap
-needs it; those of the chunk are as its values came. Partials are one float32 output for each kernel, or
-where a prefix is split, for at most `PROGRAMS_PER_SM` programs a multiprocessor, a block of rows each.
+`prefix_kernel` writes normalised partial outputs and the base-2 logarithms of their sums of weights, which
+`decode_reduce` joins with `unpacked`'s: these are rotated, and their scores lack `q . mean` unless a
+softcap needs it. Partials are one float32 output, or where a prefix is split, for at most
+`PROGRAMS_PER_SM` programs a multiprocessor, a block of rows each.
 Bytes: the packed rows of visible slots once per row block, from the second-level cache where they fit.
 """
 
@@ -18,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language import float16
 
-from ..beside import DECODE_TOKENS, Beside, Chunk
+from ..beside import DECODE_TOKENS, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import (
     FP16_UNIT,
@@ -26,148 +24,18 @@ from .bits import (
     codes_per_byte,
     lookup_words,
     magnitude_words,
-    operand_dtype,
     sm_count,
     unpack_asm,
 )
 from .decode_query import Queries
-from .decode_reduce import LOG2_E, NO_MASK, has_whole, load_mask, mask_arguments, reduce_splits, squash
-from .varlen import load_block
+from .decode_reduce import reduce_splits
+from .exact import Parts
+from .scores import NO_MASK, has_whole, load_mask, mask_arguments, soften, squash, visible_slots
 
 PROGRAMS_PER_SM = 2
 DIMS = (64, 128, 256)
 # Weights are at most 1: times this, those of tiny scales too keep their digits in float16.
 WEIGHT_UNIT = tl.constexpr(2.0**15)
-
-
-@triton.jit
-def visible_slots(
-    bounds_ptr, stride_t, token, valid, seq_len, q_len, max_len, HAS_BOUNDS: tl.constexpr,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """(low, high): each row sees slots low .. high - 1, of those that the mask lets through."""
-    low = tl.zeros_like(token)
-    high = low + max_len
-    if HAS_BOUNDS:
-        bounds_ptr += token * stride_t
-        low = tl.maximum(tl.load(bounds_ptr, mask=valid, other=0), 0)
-        high = tl.minimum(tl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
-    elif MASK == NO_MASK:  # the queries are the last tokens
-        high = tl.maximum(tl.minimum(seq_len - q_len + token + 1, max_len), 0).to(tl.int32)
-    return low, high
-
-
-@triton.jit
-def soften(scores, total, peak):
-    """A tile of the online softmax, base 2: (weights, decay of what was summed before, total, peak)."""
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - origin[:, None])
-    decay = tl.exp2(peak - origin)
-    return weights, decay, total * decay + tl.sum(weights, axis=1), new_peak
-
-
-@triton.jit
-def chunk_kernel(
-    q_ptr, k_ptr, v_ptr, seq_lens_ptr, bounds_ptr, mask_ptr, partial_ptr, log_ptr,
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride, bounds_stride_b, bounds_stride_t,
-    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n, q_len, own, max_len, scale,
-    OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Attention over the `own` last tokens of each row; partials [batch, KV head, row, dim]."""
-    DV_BLOCKS: tl.constexpr = (V_DIM + BLOCK_DV - 1) // BLOCK_DV
-    dv_start = tl.program_id(0) % DV_BLOCKS * BLOCK_DV
-    # The last rows, which see most, come first.
-    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // DV_BLOCKS
-    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = q_len * HEADS  # token-major, the heads of a group fastest
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < rows
-    token, head = row // HEADS, kv_head * HEADS + row % HEADS
-
-    seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
-    low, high = visible_slots(
-        bounds_ptr + batch * bounds_stride_b, bounds_stride_t, token, valid, seq_len, q_len, max_len,
-        HAS_BOUNDS, MASK,
-    )  # fmt: skip
-    first = (seq_len - own).to(tl.int32)  # the slot of the chunk's first token; from here on, places in it
-    low, high = tl.maximum(low - first, 0), tl.minimum(high - first, own)
-    seen = valid & (low < high)
-    begin = tl.min(tl.where(seen, low, own), axis=0) // BLOCK_N * BLOCK_N
-    end = tl.max(tl.where(seen, high, 0), axis=0)
-
-    q_ptr += batch * q_stride_b + head[:, None] * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
-    mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
-    q = load_block(q_ptr, q_stride_t, q_stride_d, token, q_len, 0, OPERAND, K_DIM, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        place = start + tl.arange(0, BLOCK_N)
-        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for piece in range(0, K_DIM, BLOCK_D):
-            if K_DIM > BLOCK_D:
-                q = load_block(q_ptr, q_stride_t, q_stride_d, token, q_len, piece, OPERAND, K_DIM, BLOCK_D)
-            k = load_block(k_ptr, k_stride_t, k_stride_d, place, own, piece, OPERAND, K_DIM, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
-        scores = squash(scores * (scale * LOG2_E), SOFTCAP)
-        visible = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
-        if MASK != NO_MASK:
-            slot = (first + place).to(tl.int64)
-            inside = visible & valid[:, None]
-            let_through, bias = load_mask(mask_ptr[:, None] + slot[None, :] * mask_stride_n, inside, MASK)
-            visible &= let_through
-            scores += bias
-        weights, decay, total, peak = soften(tl.where(visible, scores, float("-inf")), total, peak)
-        v = load_block(v_ptr, v_stride_t, v_stride_d, place, own, dv_start, OPERAND, V_DIM, BLOCK_DV)
-        acc = tl.dot(weights.to(OPERAND), v, acc * decay[:, None], input_precision="ieee")
-
-    part = (batch * tl.num_programs(1) + kv_head) * rows + row
-    dims = dv_start + tl.arange(0, BLOCK_DV)
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    mask = valid[:, None] & (dims < V_DIM)[None, :]
-    tl.store(partial_ptr + part[:, None] * V_DIM + dims[None, :], out, mask=mask)
-    tl.store(log_ptr + part, peak + tl.log2(total), mask=valid & (dv_start == row * 0))
-
-
-def attend_to_chunk(
-    q: torch.Tensor, own: Chunk, seq_lens: torch.Tensor, attn_mask: torch.Tensor | None,
-    bounds: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
-    """q `[B, H, q, D]` over the chunk `own`: what `reduce_splits` calls `own`.
-
-    `bounds` has a row for each row of the batch and each query.
-    """
-    (batch, heads, q_len, dim), (k, v) = q.shape, own
-    kv_heads, new, dv = k.shape[1], k.shape[2], v.shape[3]
-    rows = q_len * heads // kv_heads
-    partial = torch.empty((batch, kv_heads, rows, dv), dtype=torch.float32, device=q.device)
-    logs = torch.empty((batch, kv_heads, rows), dtype=torch.float32, device=q.device)
-    operand = operand_dtype(q.dtype, k.dtype, v.dtype)
-    wide = operand == tl.float32  # float32 dots run on plain multiply-adds: small tiles
-    block_m = 16 if wide else 64
-    block_n = 16 if wide else 64 if max(dim, dv) <= 128 else 32
-    # Up to 256 dimensions of a key at once, larger ones in pieces; values in blocks of the grid.
-    largest = 64 if wide else 256
-    block_d = max(16, triton.next_power_of_2(dim))
-    block_d = block_d if block_d <= largest else largest // 2
-    block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
-    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
-    programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
-    chunk_kernel[(programs, kv_heads, batch)](
-        q, k, v, seq_lens, q if bounds is None else bounds, mask, partial, logs,
-        *q.stride(), *k.stride(), *v.stride(), seq_lens.expand(batch).stride(0),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q_len, new, max_len, scale,
-        OPERAND=operand, K_DIM=dim, V_DIM=dv, HEADS=heads // kv_heads, HAS_BOUNDS=bounds is not None,
-        MASK=mask_kind, SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        BLOCK_DV=block_dv, num_warps=4 if block_m * block_dv <= 8192 else 8, num_stages=2,
-    )  # fmt: skip
-    return partial, logs, new
 
 
 @triton.constexpr_function
@@ -395,9 +263,9 @@ def attend_to_prefix(
     v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
     sinks: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
     lse: torch.Tensor | None, fmt: KVFormat, beside: Beside,
-    own: tuple[torch.Tensor, torch.Tensor, int] | None,
+    own: int, parts: Parts | None,
 ) -> None:  # fmt: skip
-    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, joining what `attend_to_chunk` returned, if anything.
+    """Fill `out` `[B, H, q, Dv]`, and `lse` if given, joining `parts`, which have the `own` last tokens.
 
     `rotated` is `rotate_queries` of q `[B, H, q, D]`; `bounds` has a row for each row of the batch and each
     query.
@@ -425,7 +293,7 @@ def attend_to_prefix(
         partial, logs, *cache.stride()[:2], v_rows.offset, k_scales.offset, v_scales.offset,
         seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q_len,
-        0 if own is None else own[2], max_len, splits, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo,
+        own, max_len, splits, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo,
         K_HI=k_hi, V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0],
         V_TABLE=lookup_words(fmt.v_bits)[0], K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT,
         HEADS=group, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None,
@@ -437,5 +305,5 @@ def attend_to_prefix(
     )  # fmt: skip
     reduce_splits(
         out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        beside, softcap, lse, own=own,
+        None if softcap else beside.k_mean, lse, parts,
     )  # fmt: skip

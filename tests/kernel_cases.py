@@ -366,6 +366,31 @@ DECODE_GPU = [
         if name != "bf16" or exact == (0, 0)
     ),
 ]
+# Exact tokens alone: masks are over keys, and dims powers of two.
+EXACT_INTERPRETED = [
+    Case("k4v4", 64, heads=14, lens=(90, 1), dtype=FP16, exact=(4, 32)),
+    Case("k3v2", 16, 64, heads=7, kv_heads=1, q_len=16, lens=(129, 16), dtype=FP16, exact=(4, 8)),
+    Case("k4v4", 32, q_len=5, lens=(40, 3), bounds="window", dtype=FP16, exact=(9, 7), crop=3),
+    Case("k4v4", 16, q_len=2, lens=(70, 8), mask="keys", bounds="scan", dtype=FP16, exact=(4, 20)),
+    Case("k2v2", 16, lens=(70, 50), mask="holes", bounds="scan", dtype=FP16, exact=(4, 40), softcap=2.0),
+    Case("k4v8", 16, q_len=2, lens=(50,), dtype=FP16, exact=(60, 0), crop=9),
+    Case("k4v4", 16, q_len=3, lens=(100, 40), bounds="row", dtype=FP16, exact=(0, 17)),
+    Case("k4v4", 16, q_len=3, lens=(100, 40), dtype=FP32, exact=(1, 5)),  # `unpacked`'s
+    Case("k4v4", 16, q_len=3, lens=(140, 40), dtype=FP16, exact=(100, 170)),  # likewise
+]
+EXACT_GPU = [
+    *EXACT_INTERPRETED,
+    *(
+        Case("k4v4", dim, v_dim, heads, 2, q, (900, 129, 1), 1000, mask, dtype, b, exact=exact, softcap=cap)
+        for dim, v_dim, dtype in ((128, 128, BF16), (64, 256, BF16), (256, 64, FP16))
+        for heads, q, mask, b, exact, cap in (
+            (8, 1, "none", "none", (4, 32), None),
+            (14, 16, "none", "window", (4, 8), None),
+            (8, 4, "holes", "scan", (4, 128), 20.0),
+            (2, 5, "none", "row", (0, 250), None),
+        )
+    ),
+]
 APPEND_INTERPRETED = [
     Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9)),
     Case("k4v4", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9), softcap=2.0),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -33,6 +34,8 @@ from kernel_cases import (
     DECODE_INTERPRETED,
     DEQUANTIZE_GPU,
     DEQUANTIZE_INTERPRETED,
+    EXACT_GPU,
+    EXACT_INTERPRETED,
     FP16,
     FP32,
     LARGE_GPU,
@@ -48,9 +51,12 @@ from kernel_cases import (
 from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import fp8_byte
 from tq_inductor.kernels.decode import attend, decode
+from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
 from tq_inductor.kernels.dequantize import dequantize
+from tq_inductor.kernels.exact import exact_positions, exact_work
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.store_prompt import LEAST_TOKENS
+from tq_inductor.kernels.unpacked import attend_unpacked
 from tq_inductor.kernels.varlen import varlen_attention
 
 from tq_inductor import codec, reference, reference_attention
@@ -405,6 +411,85 @@ def check_append(case: Case, device: str) -> None:
     assert_close(actual, expected, case.dtype, roundings=2 if own else 1)  # the weights of the chunk
 
 
+def exact_tokens(beside: Beside, lens: torch.Tensor, max_len: int) -> torch.Tensor:
+    """Which positions of each row are exact, bool `[B or 1, max_len]`, by the words of `beside`."""
+    slot, lens = torch.arange(max_len), lens.reshape(-1, 1)
+    first = torch.maximum(beside.exact_from.reshape(-1, 1), lens - beside.recent_tokens)
+    return (slot < lens) & ((slot < beside.sink_tokens) | (slot >= first.clamp(min=beside.sink_tokens)))
+
+
+def check_exact(case: Case, device: str) -> None:
+    """Exact tokens alone: in the launch that stores the new ones, and in one that finds them stored."""
+    fmt, (cache, before) = case.format, filled_cache(case, device)
+    lens, turns, table = lengths(case, device), rotations(case, device), block_table(case, device)
+    shape = (case.batch, case.kv_heads, case.q_len)
+    q = random_vectors((case.batch, case.heads, case.q_len, case.dim), case.dtype, device, "strided")
+    k, v = (
+        random_vectors((*shape, d), case.dtype, device, "transposed") for d in (case.dim, fmt.v_head_dim)
+    )
+    scale, mask = 1.5 / case.dim**0.5, make_mask(case)
+    bounds, beside = make_bounds(case, mask), moved(before, device)
+    visible = on(device, mask, None if bounds is None else bounds.expand(case.batch, case.q_len, -1))
+    last = (case.kv_heads, fmt.v_head_dim, lens, *visible, case.max_len, case.softcap)
+    with nan_filled_memory():
+        work = exact_work(q, *last, beside, (k, v))
+        store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, work, case.softcap, table)
+        again = exact_work(q, *last, beside)
+        rotate_queries(q, turns[0], case.kv_heads, scale, None, again)
+        rest = (*visible, case.max_len, scale, case.softcap, case.kv_heads, fmt.v_head_dim)
+        alone = attend_unpacked(q, None, beside, lens, *rest)
+    stored, lens = moved(before, "cpu"), lens.cpu()
+    reference.store(cache.cpu().clone(), k.cpu(), v.cpu(), lens, *rotations(case, "cpu"), fmt, stored)
+    assert torch.equal(beside.exact.cpu().nan_to_num(7.0), stored.exact.nan_to_num(7.0)), "exact tokens"
+    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, stored)
+    seen = exact_tokens(stored, lens, case.max_len)[:, None, None]
+    seen = seen if mask is None else seen & mask
+    bounds = reference.last_tokens(lens, case.batch, case.q_len) if bounds is None else bounds
+    expected, expected_lse = float64_attention(q, keys, values, seen, bounds, None, scale, case.softcap)
+    for parts in (work.parts, again.parts, alone):
+        if parts is None:
+            assert case.dtype == FP32 or sum(case.exact) > 256
+            continue
+        logs = parts.logs.cpu().double()
+        log = torch.logsumexp(logs * math.log(2), -1, keepdim=True)
+        weights = torch.where(logs.isneginf(), 0.0, (logs * math.log(2) - log).exp())[..., None]
+        outputs = torch.where(logs.isneginf()[..., None], 0.0, parts.outputs.cpu().double())
+        out, lse = (outputs * weights).sum(3), log
+        out, lse = (  # rows are token-major
+            x.unflatten(2, (case.q_len, -1)).transpose(2, 3).flatten(1, 2) for x in (out, lse)
+        )
+        assert_close(out, expected, case.dtype)
+        assert_lse_close(lse[..., 0], expected_lse, case.dtype)
+
+
+@triton.jit
+def positions_kernel(
+    out_ptr, held_ptr, length, exact_from, new, end, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.arange(0, BLOCK)
+    position, held = exact_positions(slot, length, exact_from, new, end, SINKS, RECENT)
+    tl.store(out_ptr + slot, position)
+    tl.store(held_ptr + slot, held.to(tl.int8))
+
+
+def check_positions(case: tuple[int, int], device: str) -> None:
+    """Which tokens slots hold, of random histories, before and after the last ones are stored."""
+    sinks, recent = case
+    out, held = torch.zeros(2, 16, dtype=torch.int32, device=device)
+    for _ in range(40):
+        before, new = (int(torch.randint(low, 30, ())) for low in (0, 1))
+        length, exact_from = before + new, int(torch.randint(0, 40, ()))
+        first = max(min(exact_from, before), length - recent)
+        wanted = {p for p in range(length) if p < sinks or p >= max(first, sinks)}
+        for state, tokens in ((exact_from, new), (first, new), (first, 0)):
+            positions_kernel[(1,)](out, held, length, state, tokens, length, sinks, recent, BLOCK=16)
+            found = {int(p): slot for slot, p in enumerate(out.tolist()) if held[slot]}
+            assert set(found) == wanted
+            slots = {p: p if p < sinks else sinks + (p - sinks) % recent for p in wanted}
+            assert found == slots
+
+
 def check_large(case: Case, device: str) -> None:
     """The last tokens of a cache whose bytes lie past 2**31 are read as those of a small one."""
     fmt, shape = case.format, (case.batch, case.kv_heads, case.lens[0], case.dim)
@@ -496,6 +581,8 @@ GROUPS = {
     "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
     "append": (check_append, APPEND_INTERPRETED, APPEND_GPU),
     "prefill": (check_append, PREFILL_INTERPRETED, PREFILL_GPU),
+    "exact": (check_exact, EXACT_INTERPRETED, EXACT_GPU),
+    "slots": (check_positions, [(4, 8), (0, 5), (3, 0), (15, 1)], [(4, 8), (0, 5), (3, 0), (15, 1)]),
     "large": (check_large, [], LARGE_GPU),
     "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
     "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),

@@ -16,9 +16,10 @@ from kernel_checks import block_table, empty_beside, garbage_cache, lengths, rot
 from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import unpack_asm
 from tq_inductor.kernels.decode import attend, decode
-from tq_inductor.kernels.decode_query import store_and_rotate
+from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
+from tq_inductor.kernels.exact import exact_work
 from tq_inductor.kernels.store import store, store_arguments
 from tq_inductor.kernels.store_prompt import store_prompt
 from tq_inductor.kernels.varlen import varlen_attention
@@ -73,11 +74,14 @@ def record_launches() -> list[tuple]:
             q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
             table = block_table(case, "cpu")
-            last = (fmt, 0.1, beside, cap, table)
-            rows = store_and_rotate(cache, q_rows, new, new, lens, rotation, rotation, *last)
-            bounds, last = torch.zeros(2, q_len, 4, dtype=torch.int32), (None, fmt, 4096, *last[1:])
+            bounds, last = torch.zeros(2, q_len, 4, dtype=torch.int32), (fmt, 0.1, beside)
             for visible in ((None, None), (mask, bounds)):
-                attend_by_warps(q_rows, q_rows, rows, cache, lens, rotation, *visible, *last)
+                work = exact_work(q_rows, 2, dim, lens, *visible, 4096, cap, beside, (new, new))
+                rows = rotate_queries(q_rows, rotation, 2, 0.1, None, work)
+                turns = (rotation, rotation)
+                store_and_rotate(cache, q_rows, new, new, lens, *turns, *last, work, cap, table)
+                rest = (None, fmt, 4096, *last[1:], cap, table)
+                attend_by_warps(q_rows, q_rows, rows, work.parts, cache, lens, rotation, *visible, *rest)
         for name, dim, v_dim in (("k4v4", 128, 128), ("k4v3", 64, 128)):
             case = Case(name, dim, v_dim, lens=(4096, 64), max_len=4096, exact=(4, 32))
             new_k, new_v = (torch.zeros(2, 2, 64, d, dtype=BF16) for d in (dim, v_dim))
@@ -149,7 +153,7 @@ def main() -> int:
     """Compile every kernel for every target, a line each; 1 if one failed."""
     launches = {}
     for kernel, args, kwargs in record_launches():
-        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN")
+        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "EXACT_ROWS")
         names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE", "K_DIM", "COPIES")
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)

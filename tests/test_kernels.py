@@ -15,7 +15,7 @@ import pytest
 import torch
 
 CHECKS, COMPILE = (Path(__file__).with_name(name) for name in ("kernel_checks.py", "kernel_compile.py"))
-GROUPS = ("fp8 store", "dequantize", "decode append attend", "prefill", "varlen")
+GROUPS = ("fp8 store", "dequantize", "decode append attend", "prefill", "exact slots", "varlen")
 
 
 def run_script(script: Path, *arguments: str) -> None:

@@ -42,15 +42,22 @@ MAY_IMPORT = {
         *("kernels.bits", "kernels.prompt_codes", "kernels.slots"),
         *("beside", "format"),
     ],
-    "kernels.decode_query": ["kernels.bits", "kernels.store", "beside", "format"],
-    "kernels.decode_warp": [
-        *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.pages"),
-        *("kernels.warp_hadamard", "kernels.warp_tiles"),
+    "kernels.scores": [],
+    "kernels.exact": ["kernels.scores", "beside"],
+    "kernels.unpacked": ["kernels.bits", "kernels.exact", "kernels.scores", "kernels.varlen", "beside"],
+    "kernels.decode_query": [
+        *("kernels.bits", "kernels.exact", "kernels.scores", "kernels.store"),
         *("beside", "format"),
     ],
+    "kernels.decode_reduce": ["kernels.bits", "kernels.exact", "kernels.scores"],
+    "kernels.decode_warp": [
+        *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.exact"),
+        *("kernels.pages", "kernels.scores", "kernels.unpacked", "kernels.warp_hadamard"),
+        *("kernels.warp_tiles", "beside", "format"),
+    ],
     "kernels.prefill": [
-        *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.varlen"),
-        *("beside", "format"),
+        *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.exact"),
+        *("kernels.scores", "beside", "format"),
     ],
     "kernels.append": ["kernels.*", "beside", "format"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
