@@ -614,7 +614,10 @@ def run_all(groups: list[str], device: str, small: bool, shard: str) -> int:
 
 
 def repair_interpreter() -> None:
-    """Let `range()` over tensors work: Triton 3.6 calls `int(array)`, which numpy 2.4 refuses."""
+    """Let `range()` over tensors work: Triton 3.6 calls `int(array)`, which numpy 2.4 refuses.
+
+    And prepare `triton.language` for a device function at its first call, not at each of thousands.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -624,6 +627,15 @@ def repair_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_and_repair
+    call, called = interpreter.InterpretedFunction.__call__, set()
+
+    def prepare_once(self, *args, **kwargs):
+        if self.fn in called:
+            return self.rewrite()(*args, **kwargs)
+        called.add(self.fn)
+        return call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = prepare_once
 
 
 def main() -> int:
