@@ -29,7 +29,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import NOTHING, Beside, Chunk
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import (
-    FP16_UNIT,
     TINY,
     early_launch,
     magnitude_words,
@@ -38,10 +37,11 @@ from .bits import (
 )
 from .decode_query import rotate, rotate_queries
 from .decode_reduce import reduce_splits
-from .decode_rows import load_query, load_rows
+from .decode_rows import load_query
+from .decode_tile import attend_tile, hide
 from .decode_warp import attend_by_warps, takes
 from .exact import Parts, exact_work
-from .pages import TOGETHER, find_tokens, table_arguments, tokens_of_page
+from .pages import table_arguments, tokens_of_page
 from .prefill import attend_to_prefix, takes_prefix
 from .scores import (
     KEY_MASK,
@@ -49,102 +49,12 @@ from .scores import (
     NO_MASK,
     expand_bounds,
     has_whole,
-    load_mask,
     mask_arguments,
-    squash,
 )
 from .unpacked import attend_unpacked
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
-
-
-@triton.jit
-def hide(
-    scores, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """Scores of the slots from `start`, -inf where a row does not see them; the mask's bias added."""
-    BLOCK_N: tl.constexpr = scores.shape[1]
-    if (start < whole_from) | (start + BLOCK_N > whole_to):
-        slots = start + tl.arange(0, BLOCK_N)
-        visible = (slots[None, :] >= low[:, None]) & (slots[None, :] < high[:, None])
-        if MASK == KEY_MASK:
-            ptrs = mask_ptr + slots.to(tl.int64) * mask_stride_n
-            let_through, _ = load_mask(ptrs, slots < max_len, MASK)  # [BLOCK_N]
-            visible &= let_through[None, :]
-        elif MASK != NO_MASK:
-            ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
-            let_through, bias = load_mask(ptrs, valid[:, None] & (slots < max_len)[None, :], MASK)
-            visible &= let_through
-            scores += bias
-        scores = tl.where(visible, scores, float("-inf"))
-    return scores
-
-
-@triton.jit
-def attend_tile(
-    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr, table_stride,
-    k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr, v_scale_ptr, scale_stride_b,
-    start, filled, dv_start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, max_len,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr,
-    K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
-    COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """One tile of slots from `start`: the online softmax of flash attention, base 2."""
-    PACKED: tl.constexpr = K_BITS != 16
-    BLOCK_M: tl.constexpr = q.shape[0]
-    slots = tl.arange(0, BLOCK_N)
-    known, scale_at, page = start + slots < filled, start + slots, 0
-    if PAGE > 0:
-        wanted = start + slots // TOGETHER * TOGETHER < filled
-        page, slot = find_tokens(table_ptr, table_stride, start + slots, wanted, PAGE)
-        page = tl.max_constancy(page, TOGETHER)  # for loads of values that are as wide as a group
-        known, scale_at = known & (page >= 0), page * scale_stride_b + slot
-    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, K_DIM, BLOCK_D):
-        if K_DIM > BLOCK_D:
-            q = load_query(q_ptr, q_stride_d, valid, first, inv_peak, OPERAND, K_DIM, BLOCK_D)
-        k = load_rows(
-            k_ptr, k_stride_b, k_stride_n, slots, start, filled, page, first, K_BITS, K_LO, K_HI, OPERAND,
-            K_DIM, 1, PAGE, BLOCK_D,
-        )  # [BLOCK_N, BLOCK_D] # fmt: skip
-        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
-    if PACKED:
-        k_scale = tl.load(k_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
-        scores *= (k_scale * FP16_UNIT)[None, :]
-    scores *= q_scale[:, None]
-    if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
-        scores = squash(scores + mean_score[:, None], SOFTCAP)
-    if PAGE > 0:  # a token without a page was dropped: a query that sees it gives NaN
-        scores = tl.where((page < 0)[None, :], float("nan"), scores)
-    scores = hide(
-        scores, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len, MASK
-    )
-
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - origin[:, None])  # [BLOCK_M, BLOCK_N]
-    decay = tl.exp2(peak - origin)
-    total = total * decay + tl.sum(weights, axis=1)
-    acc = acc * decay[:, None]
-    v = load_rows(
-        v_ptr, v_stride_b, v_stride_n, slots, start, filled, page, dv_start, V_BITS, V_LO, V_HI, OPERAND,
-        V_DIM, GROUP, PAGE, BLOCK_DV,
-    )  # [BLOCK_N, BLOCK_DV] # fmt: skip
-    if PACKED:
-        v_scale = tl.load(v_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
-        largest = tl.maximum(tl.max(v_scale, axis=0), TINY)
-        weights *= (v_scale / largest)[None, :]
-        acc += tl.dot(weights.to(OPERAND), v, input_precision="ieee") * (largest * FP16_UNIT)
-    else:
-        rounded = weights.to(OPERAND)
-        if COPIES == 2:  # the second copy of the rows has what rounding leaves of their weights
-            rest = (weights - rounded.to(tl.float32)).to(OPERAND)
-            rounded = tl.where(tl.arange(0, BLOCK_M)[:, None] < BLOCK_M // COPIES, rounded, rest)
-        acc = tl.dot(rounded, v, acc, input_precision="ieee")
-    return acc, total, new_peak
 
 
 @triton.jit
@@ -209,8 +119,6 @@ def decode_split_kernel(
     if HAS_WHOLE:  # the mask lets all of these through
         whole_from = tl.maximum(whole_from, tl.max(tl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
         whole_to = tl.minimum(whole_to, tl.min(tl.load(bounds_ptr + 3, mask=valid, other=max_len), axis=0))
-    elif MASK != NO_MASK:
-        whole_to = begin
 
     # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log. With
     # DIRECT there is one split, and it is the result [batch, head, token].
@@ -268,16 +176,17 @@ def decode_split_kernel(
         if MASK != NO_MASK and not HAS_BOUNDS:  # a tile that no row sees is not read
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             shown = hide(
-                zeros, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len, MASK
-            )
+                zeros, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len,
+                HAS_WHOLE, MASK,
+            )  # fmt: skip
             needed = tl.max(tl.max(shown, axis=1), axis=0) > float("-inf")
         if needed:
             acc, total, peak = attend_tile(
                 acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
                 table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr,
                 v_scale_ptr, scale_stride_b, start, filled, dv_start, low, high, whole_from, whole_to,
-                mask_ptr, mask_stride_n, max_len, MASK, SOFTCAP, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI,
-                OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, COPIES, BLOCK_N, BLOCK_D, BLOCK_DV,
+                mask_ptr, mask_stride_n, max_len, HAS_WHOLE, MASK, SOFTCAP, K_BITS, V_BITS, K_LO, K_HI,
+                V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, COPIES, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     if PDL:
@@ -459,6 +368,8 @@ def _launch(
     from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
     table = table_arguments(block_table, q)
     bounds_strides = (0, 0) if bounds is None else bounds.stride()[:2]
+    if mask_kind != NO_MASK.value and not scales and not has_whole(bounds, mask_kind):
+        num_stages = 2  # of the mask too
     decode_split_kernel[(programs * splits, kv_heads, batch)](
         q, q if mean_scores is None else mean_scores, k, v, k_scales, v_scales,
         q if seq_lens is None else seq_lens,
