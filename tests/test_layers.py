@@ -60,6 +60,7 @@ MAY_IMPORT = {
         *("kernels.scores", "beside", "format"),
     ],
     "kernels.append": ["kernels.*", "beside", "format"],
+    "kernels.decode_tile": ["kernels.bits", "kernels.decode_rows", "kernels.pages", "kernels.scores"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format"],
     "kernels.*": ["kernels.bits", "kernels.pages", "beside", "codebook", "format"],
     "foreign_kv": [],
