@@ -86,7 +86,7 @@ def dequantize_kernel(
         table_ptr, table_stride_b, table_stride_n, batch, tokens, tl.minimum(seq_len, max_len), PAGE
     )
     page_ptr = cache_ptr + page * cache_stride_b + row % kv_heads * cache_stride_h
-    missing = page < 0
+    missing = page + 0 * tokens < 0  # a mask for each token: Triton 3.9 interprets no other
     is_exact = tokens < 0
     if HAS_EXACT:
         first = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
@@ -143,7 +143,7 @@ def dequantize_lossless_kernel(
         table_ptr, table_stride_b, table_stride_n, batch, tokens, tl.minimum(seq_len, max_len), PAGE
     )
     page_ptr = cache_ptr + page * cache_stride_b + row % kv_heads * cache_stride_h
-    missing = page < 0
+    missing = page + 0 * tokens < 0  # a mask for each token: Triton 3.9 interprets no other
     if tl.program_id(2) == 0:
         row_ptr = page_ptr.to(tl.pointer_type(ROW_DTYPE)) + slots * K_DIM
         out_ptr = k_ptr + (row * max_len + tokens) * K_DIM
@@ -165,7 +165,7 @@ def copy_own_kernel(
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
     slots = seq_len - own + tokens
-    exists = (tokens < own) & (slots >= 0) & (seq_len <= max_len)
+    exists = (tokens < own) & (slots >= 0) & (seq_len + 0 * tokens <= max_len)
     mask = exists[:, None] & (dims < DIM)
     own_ptr += row // heads * stride_b + row % heads * stride_h
     x = tl.load(own_ptr + tokens[:, None] * stride_t + dims * stride_d, mask=mask, other=0.0)

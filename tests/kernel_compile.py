@@ -156,7 +156,7 @@ def main(names_of_targets: list[str]) -> int:
     launches = {}
     for kernel, args, kwargs in record_launches():
         names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "EXACT_ROWS")
-        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE", "K_DIM", "COPIES")
+        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE", *(("K_DIM",) if "COPIES" in kwargs else ()))
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
