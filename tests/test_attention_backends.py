@@ -411,6 +411,25 @@ def test_the_order_follows_from_what_was_measured(installed, case):
         assert chosen["median_us"] <= default + default * 0.01
 
 
+PADDING = json.loads((Path(__file__).parents[1] / "benchmarks/results/padding.json").read_text())
+
+
+@pytest.mark.parametrize("case", PADDING["cases"], ids=lambda case: case["name"])
+def test_the_order_for_padding_follows_from_what_was_measured(installed, case):
+    """Within 5% of the best, or of the runs' spread, with the packages of the evidence."""
+    facts = {"batch_size": case["batch"], "q_len": case["length"], "kv_len": case["length"], "mask": "bool"}
+    facts |= {"num_heads": case["heads"], "num_kv_heads": case["kv_heads"]}
+    facts |= {"head_dim": case["head_dim"], "v_head_dim": case["head_dim"], "interval": True}
+    # As `describe_call` has it: what a mask over keys hides too is no alignment and no window.
+    facts["padding"] = "causal" if case["causal"] else "full"
+    installed(PADDING["environment"])
+    choice = select(call(**facts))
+    ways = [way for way in case.values() if isinstance(way, dict)]
+    best, chosen = min(ways, key=lambda way: way["median_us"]), case[choice.backend]
+    slack = max(0.05 * best["median_us"], best["spread_us"], chosen["spread_us"])
+    assert chosen["median_us"] <= best["median_us"] + slack
+
+
 def test_layers_are_chosen_for_one_by_one(installed):
     """A model with packed, full and sliding layers: nothing assumes that they are alike."""
     packed = call(q_len=1, mask="bool", kv_format="k4v4", cached=True)

@@ -92,7 +92,7 @@ def mask_kind(call: AttentionCall) -> str:
     alignment and a window say; "padded" or "padded causal": full or causal, and a mask over keys; "dense":
     more than that."""
     if call.padding:
-        return PADDED if call.window == (None, None) else PADDED_CAUSAL
+        return PADDED if call.padding == "full" else PADDED_CAUSAL
     if not call.plain:
         return DENSE
     if call.window == (None, None):
