@@ -17,7 +17,7 @@ from torch import fx, nn
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
 from .errors import NoAttentionBackendError
 from .lowering.growing_inputs import Split, split_growing_inputs
-from .lowering.kept_state import keeps_keys, returns_keys
+from .lowering.kept_state import keep_in_place, keeps_keys, returns_keys
 from .lowering.length_checks import check_lengths
 from .lowering.rewrite import rewrite
 from .options import PHASES, parse_options
@@ -47,6 +47,7 @@ def turboquant(
     report.publish()
     if parsed.strict and report.left:
         raise NoAttentionBackendError(f"strict: attention calls were left unrewritten\n{report}")
+    keep_in_place(gm)
     patches = dict(parsed.inductor)
     if returns_keys(gm) or (any(row.phase == "prefill" for row in report.rows) and keeps_keys(gm)):
         # Prefill runs once per prompt: a CUDA graph gains nothing, and a cache made inside the graph
