@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import NOTHING, Beside, Chunk
 from ..format import PAGE_ALIGNMENT, KVFormat
+from ..results import empty_result
 from .bits import (
     TINY,
     early_launch,
@@ -121,12 +122,12 @@ def decode_split_kernel(
         whole_to = tl.minimum(whole_to, tl.min(tl.load(bounds_ptr + 3, mask=valid, other=max_len), axis=0))
 
     # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log. With
-    # DIRECT there is one split, and it is the result [batch, head, token].
+    # DIRECT there is one split, and it is the result [batch, token, head].
     own_row = row_block * ROWS + tl.arange(0, ROWS)
     part = ((batch * tl.num_programs(1) + kv_head) * rows + own_row) * splits + split
     if DIRECT:
-        part = (batch * tl.num_programs(1) + kv_head) * HEADS * q_len
-        part += own_row % HEADS * q_len + own_row // HEADS
+        part = (batch * q_len + own_row // HEADS) * tl.num_programs(1) + kv_head
+        part = part * HEADS + own_row % HEADS
     dims = dv_start + tl.arange(0, BLOCK_DV)
     written = (own_row < rows)[:, None] & (dims < V_DIM)[None, :]
     partial_ptrs = partial_ptr + part[:, None] * V_DIM + dims[None, :]
@@ -247,7 +248,7 @@ def decode(
 
     The arguments are those of `reference.decode`.
     """
-    out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
+    out = empty_result(q, fmt.v_head_dim)
     if out.numel() == 0:
         return out
     bounds = expand_bounds(bounds, q)
@@ -304,7 +305,7 @@ def attend(
 
     The arguments are those of `reference.attend`.
     """
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = empty_result(q, v.shape[-1])
     bounds = expand_bounds(bounds, q)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):

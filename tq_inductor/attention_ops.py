@@ -12,6 +12,7 @@ from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
 from .foreign_kv import check_stored, plain_tokens
 from .op_checks import check_softcap
+from .results import as_result, empty_result
 
 
 def _attend(
@@ -31,13 +32,14 @@ def _attend(
         from .kernels.decode import attend
     else:
         from .reference import attend
-    return attend(q, k, v, attn_mask, bounds, sinks, scale, softcap, lse)
+    out = attend(q, k, v, attn_mask, bounds, sinks, scale, softcap, lse)
+    return out if q.is_cuda else as_result(out)
 
 
 def _attend_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return empty_result(q, v.shape[-1])
 
 
 def _attend_lse(q: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +79,7 @@ def _dense_attn(
 def _dense_attn_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
-    batch, heads, q_len, _ = q.shape
-    return q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+    return empty_result(q, v.shape[-1])
 
 
 def _varlen_attn(
