@@ -186,7 +186,8 @@ def reduce_splits(
 
     `out` lies as an `empty_result` does. Rows are token-major. The partials are rotated if there is a
     rotation, or `transformed`: of the rotation the signs are left; `parts` are not. `k_mean`: what scores
-    of partials lack. `q` `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the batch.
+    of partials lack. `q` `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the
+    batch.
     """
     batch, heads, q_len, dv = out.shape
     dim, splits, pieces = q.shape[3], partial.shape[3], 0 if parts is None else parts.logs.shape[3]
