@@ -172,6 +172,8 @@ PROMPT_GPU = [  # `store_prompt`; groups of 16 that others share, before the row
             ("k4v3", 64, 128),
             ("k2v4", 128, 64),
             ("k8v4", 128, 128),
+            ("k3v8", 128, 64),
+            ("k8v8", 64, 128),
         )
         for q, lens, exact, dtype in (
             (64, (64, 1000, 71), (0, 0), BF16),
