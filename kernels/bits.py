@@ -163,6 +163,13 @@ def fp8_byte(x):
 
 
 @triton.jit
+def fp8_value(word, i: tl.constexpr):
+    """float32 of the e4m3 byte `i`, from the lowest, of int32 words; NaN's bytes are +-480."""
+    bits = word << 24 - 8 * i >> 4 & -0x78100000  # the sign, and seven bits from the fifth on
+    return bits.to(tl.float32, bitcast=True) * 2.0**120  # exponent bias 127 -> 7
+
+
+@triton.jit
 def encode(y, to_grid, BITS: tl.constexpr, MAGNITUDES: tl.constexpr):
     """Codes (int32) of rotated coordinates, and their centroids (float32) in e4m3 units.
 

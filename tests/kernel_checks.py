@@ -49,7 +49,7 @@ from kernel_cases import (
     Ragged,
 )
 from tq_inductor.kernels.append import append_and_attend
-from tq_inductor.kernels.bits import fp8_byte
+from tq_inductor.kernels.bits import fp8_byte, fp8_value
 from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
 from tq_inductor.kernels.dequantize import dequantize
@@ -562,8 +562,16 @@ def fp8_byte_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + place, fp8_byte(tl.load(x_ptr + place)).to(tl.uint8))
 
 
+@triton.jit
+def fp8_value_kernel(words_ptr, out_ptr, WORDS: tl.constexpr):
+    place = tl.arange(0, WORDS)
+    word = tl.load(words_ptr + place)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + place * 4 + i, fp8_value(word, i))
+
+
 def check_fp8(case: str, device: str) -> None:
-    """`fp8_byte` is torch's conversion: every value, every tie and its neighbours, both signs."""
+    """`fp8_byte` and `fp8_value` convert as torch: all values, ties and their neighbours, both signs."""
     values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     ties = (values[1:] + values[:-1]) / 2
     beside = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (0.0, 1e3)]
@@ -572,6 +580,9 @@ def check_fp8(case: str, device: str) -> None:
     out = torch.zeros(1024, dtype=torch.uint8, device=device)
     fp8_byte_kernel[(1,)](x.to(device), out, BLOCK=1024)
     assert torch.equal(out.cpu(), x.to(torch.float8_e4m3fn).view(torch.uint8))
+    values = torch.full((1024,), float("nan"), device=device)
+    fp8_value_kernel[(1,)](out.view(torch.int32), values, WORDS=256)
+    assert torch.equal(values.cpu(), x.to(torch.float8_e4m3fn).float())
 
 
 GROUPS = {

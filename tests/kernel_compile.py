@@ -82,7 +82,7 @@ def record_launches() -> list[tuple]:
                 store_and_rotate(cache, q_rows, new, new, lens, *turns, *last, work, cap, table)
                 rest = (None, fmt, 4096, *last[1:], cap, table)
                 attend_by_warps(q_rows, q_rows, rows, work.parts, cache, lens, rotation, *visible, *rest)
-        for name, dim, v_dim in (("k4v4", 128, 128), ("k4v3", 64, 128)):
+        for name, dim, v_dim in (("k4v4", 128, 128), ("k4v3", 64, 128), ("k8v8", 128, 64)):
             case = Case(name, dim, v_dim, lens=(4096, 64), max_len=4096, exact=(4, 32))
             new_k, new_v = (torch.zeros(2, 2, 64, d, dtype=BF16) for d in (dim, v_dim))
             cache, lens, fmt = garbage_cache(case, "cpu"), lengths(case, "cpu"), case.format

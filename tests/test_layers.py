@@ -55,8 +55,16 @@ MAY_IMPORT = {
         *("kernels.pages", "kernels.scores", "kernels.unpacked", "kernels.warp_hadamard"),
         *("kernels.warp_tiles", "beside", "format"),
     ],
+    "kernels.centroids": ["kernels.bits"],
+    "kernels.dequantize": ["kernels.bits", "kernels.centroids", "kernels.pages", "beside", "format"],
     "kernels.prefill": [
-        *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.exact"),
+        *(
+            "kernels.bits",
+            "kernels.centroids",
+            "kernels.decode_query",
+            "kernels.decode_reduce",
+            "kernels.exact",
+        ),
         *("kernels.scores", "beside", "format"),
     ],
     "kernels.append": ["kernels.*", "beside", "format", "results"],

@@ -9,11 +9,15 @@ from tq_inductor.kernels.prompt_codes import (
     code_polynomial,
     code_steps,
     field_order,
+    first_byte,
+    lanes_apart,
     table_words,
+    words_of_call,
 )
 
 from tq_inductor import codec
-from tq_inductor.codebook import codebook
+from tq_inductor.codebook import FP8_UNIT, codebook
+from tq_inductor.format import row_bytes
 
 
 def float32(x: torch.Tensor | float) -> torch.Tensor:
@@ -54,6 +58,25 @@ def test_codes_lie_in_the_bytes_that_the_format_says(bits, dim):
             packed = (fields << torch.arange(0, 8, bits)).sum(1)
             row.view(-1, 8, 2, 2)[:, lane, :, d] = packed.view(-1, 2)
     assert torch.equal(row, expected.long())
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(2, 128), (3, 128), (4, 64), (4, 128), (8, 64), (8, 128)])
+def test_every_byte_of_a_row_is_written_once(bits, dim):
+    """By `write_key_words`: lane r writes bytes 4r to 4r + 3 of every 32, two at a time those of a word."""
+    row = row_bytes(bits, dim)
+    written = [
+        first_byte(bits, dim, word) + byte // 2 * 32 + byte % 2 * 2 + 4 * lane + d
+        for word in range(words_of_call(bits, dim))
+        for lane in range(lanes_apart(bits, word))
+        for byte in range(4 if row >= 64 else 2)
+        for d in range(2)
+    ]
+    assert sorted(written) == list(range(row))
+
+
+def test_no_coordinate_of_8_bits_saturates():
+    assert FP8_UNIT * 128**0.5 < codec.FP8_MAX
+    assert code_steps(8, 128) == (1, 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
