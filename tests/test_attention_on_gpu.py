@@ -369,6 +369,21 @@ def test_flashinfer_sees_lengths_and_pages_that_change_in_place(what, page_size)
             torch.testing.assert_close(got.double().cpu(), want, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("kv_format", ["e4m3", "e5m2"])
+def test_fp8_as_it_is(kv_format, page_size):
+    """FlashInfer reads the bytes; what others get is made 16 bits first."""
+    call = dataclasses.replace(described(*CALLS["causal"]), varlen=True, page_size=page_size)
+    ready("flashinfer", dataclasses.replace(call, kv_bytes=kv_format))
+    (q, k, v, *cu), how, _ = ragged_for(*RAGGED["prefill"][0], page_size)
+    k, v = (x.to(flashinfer.STORED[kv_format]).view(torch.uint8) for x in (k, v))
+    args = (q, k, v, *cu, 100, 200, True, 0.1)
+    got, want = (
+        OPS.varlen_attn(*args, name, kv_format, 0.5, 4.0, **how) for name in ("flashinfer", "torch_flash")
+    )
+    torch.testing.assert_close(got, want, atol=4e-2, rtol=2e-2)
+
+
 STALE_REPLAY = """
 import torch, tq_inductor.ops
 from tq_inductor.attention import flashinfer

@@ -368,10 +368,46 @@ def test_which_kernel(longest, sizes, pages, kernel):
 
 @pytest.mark.usefixtures("package")
 def test_fp8_pages_are_planned_as_the_tokens_that_they_become():
+    """Heads of 512 are no kernel's before SM100."""
     x = paged(ragged())
+    assert backend.formats(torch.device("cpu"), 512) == ()
+    q, k, v = (y.repeat(*[1] * (y.dim() - 1), 32) for y in (x.q, x.k, x.v))
+    x = dataclasses.replace(x, q=q, k=k, v=v)
     backend.plan(*arguments(x), kv_format="e4m3", k_scale=0.5, block_table=x.block_table)
     (said,) = Wrapper.made[0].plans
     assert (said["sm_scale"], said["kv_indptr"].tolist()[-1]) == (0.125, 23)
+
+
+def stored(x, dtype):
+    return dataclasses.replace(x, k=x.k.to(dtype), v=x.v.to(dtype))
+
+
+@pytest.mark.parametrize("pages", [False, True])
+@pytest.mark.parametrize("kv_format", ["e4m3", "e5m2"])
+def test_fp8_goes_to_the_fa2_kernel_as_it_is(package, kv_format, pages):
+    dtype = backend.STORED[kv_format]
+    assert kv_format in backend.formats(torch.device("cpu"), 64)
+    x = stored(ragged(), dtype)
+    call = dataclasses.replace(stored(paged(ragged()), dtype) if pages else x, max_seqlen_q=40)
+    as_bytes = dataclasses.replace(call, k=call.k.view(torch.uint8), v=call.v.view(torch.uint8), scale=0.5)
+    backend.plan(*arguments(as_bytes), kv_format=kv_format, k_scale=0.5, block_table=call.block_table)
+    (wrapper,) = Wrapper.made
+    (said,) = wrapper.plans
+    assert (wrapper.backend, said["sm_scale"]) == ("fa2", 0.25)
+    assert (said["q_data_type"], said["kv_data_type"]) == (torch.float32, dtype)
+    package.capturing[0] = True
+    assert backend.varlen(call).shape == (12, 4, 16)
+    package.capturing[0] = False
+    if not pages:
+        torch.testing.assert_close(backend.varlen(x), expected(x))
+
+
+def test_modules_of_fp8_are_their_own(package):
+    build(package, dataclasses.replace(CALL, q_len=1))
+    assert backend.unbuilt(dataclasses.replace(CALL, q_len=1)) == []
+    (reason,) = backend.unbuilt(dataclasses.replace(CALL, q_len=1, kv_bytes="e4m3"))
+    assert "bfloat16_torch.float8_e4m3fn_torch.bfloat16" in reason
+    assert "fa2" in backend.unbuilt(dataclasses.replace(CALL, kv_bytes="e4m3"))[0]
 
 
 def dense(q_len, batch):

@@ -51,7 +51,8 @@ class VarlenArguments:
     """Attention over sequences of any lengths, one behind the other; causal is aligned bottom-right.
 
     Attributes:
-        q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`.
+        q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`; k and v may be of an fp8 dtype for a backend
+            that has `formats`.
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, on the device.
         block_table: int32 `[sequences, n]`, the pages of each sequence, of k and v
             `[pages, page_size, Hkv, D or Dv]`; always None for a backend that takes no `pages`.

@@ -24,6 +24,7 @@ PACKAGE, MODULE, EXTRA = "flashinfer-python", "flashinfer", "flashinfer"
 OLDEST, WIDE_HEADS = "0.6.11", "0.6.18"  # with head_dim 512 from the latter on
 HOPPER = (9, 0)
 PAIRS = ((192, 128),)
+STORED = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "nvfp4": torch.uint8}
 FA3 = Limits(
     only=(HOPPER,),
     head_dims=HeadDims(only=(64, 128, 256), pairs=PAIRS),
@@ -47,7 +48,7 @@ def why_not(call: AttentionCall) -> list[str]:
     version = packages.version_of(PACKAGE)
     reasons = fa2_limits(version or OLDEST).why_not(call)
     if call.device == "cuda":
-        if call.kv_bytes and call.head_dim == 512 and (call.capability or HOPPER) < (10, 0):
+        if call.kv_bytes and not _takes_bytes(call.capability, call.head_dim):
             reasons.append(f"head_dim=512 of {call.kv_bytes} bytes on {call.architecture} (needs sm100)")
         if call.kv_bytes == "nvfp4" and call.head_dim == 64:
             reasons.append("head_dim=64 of nvfp4 bytes")
@@ -74,9 +75,10 @@ def broken() -> list[str]:
 def unbuilt(call: AttentionCall) -> list[str]:
     """What has to be compiled before it can run a call; empty if nothing."""
     sizes = (call.head_dim or 0, call.v_head_dim or 0)
-    kernel = _kernel_of(call.capability, call.q_len, *sizes, call.page_size)
+    dtypes = (call.dtype, STORED.get(call.kv_bytes, call.dtype))
+    kernel = _kernel_of(call.capability, call.q_len, dtypes, *sizes, call.page_size)
     module = Module(
-        kernel, call.dtype, *sizes, call.window[0] is not None, bool(call.softcap),
+        kernel, *dtypes, *sizes, call.window[0] is not None, bool(call.softcap),
         batch=call.varlen or call.page_size is not None or call.batch_size != 1,
     )  # fmt: skip
     if module.is_built():
@@ -96,10 +98,11 @@ def attend(x: DenseArguments) -> torch.Tensor:
     q, k, v = x.tokens_first()
     batch, q_len, heads, dim = q.shape
     kv_len, kv_heads, v_dim = k.shape[1], k.shape[2], v.shape[-1]
-    kernel = _kernel_of(torch.cuda.get_device_capability(q.device), q_len, dim, v_dim)
+    dtypes = (q.dtype, k.dtype)
+    kernel = _kernel_of(torch.cuda.get_device_capability(q.device), q_len, dtypes, dim, v_dim)
     few, causal = q_len <= MAX_DECODE_QUERIES, x.window[1] == 0
     kind = Kind(
-        kernel, heads, kv_heads, dim, v_dim, q.dtype, q.device, x.scale, causal, x.window[0], x.softcap,
+        kernel, heads, kv_heads, dim, v_dim, *dtypes, q.device, x.scale, causal, x.window[0], x.softcap,
         page_size=kv_len if few else None,
     )  # fmt: skip
     if batch == 1:
@@ -164,8 +167,10 @@ def plan(
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("plan() reads lengths on the host: call it before the capture")
-    if kv_format is not None and block_table is not None:  # read as plain tokens
-        k, v = (y.new_empty((y.shape[0] * y.shape[1], *y.shape[2:]), device="meta") for y in (k, v))
+    if kv_format is not None and kv_format in formats(cu_seqlens_q.device, q.shape[-1]):
+        k, v = k.view(STORED[kv_format]), v.view(STORED[kv_format])
+    elif kv_format is not None:  # they are made plain tokens
+        k, v = (y.to("meta", q.dtype).flatten(0, y.dim() - 3) for y in (k, v))
         block_table = None
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     x = VarlenArguments(q, k, v, *lengths, is_causal, scale * k_scale, block_table)
@@ -180,19 +185,34 @@ def pages(device: torch.device) -> bool:
     return True
 
 
+def formats(device: torch.device, head_dim: int) -> tuple[str, ...]:
+    """Of the bytes of k and v that `varlen` takes as they are, by the fa2 kernel."""
+    return ("e4m3", "e5m2") if _takes_bytes(torch.cuda.get_device_capability(device), head_dim) else ()
+
+
 def _kind_of(x: VarlenArguments) -> Kind:
     device = x.cu_seqlens_q.device
     sizes = (x.q.shape[1], x.v.shape[-2], x.q.shape[2], x.v.shape[-1])
     page_size = None if x.block_table is None else x.k.shape[1]
-    capability = torch.cuda.get_device_capability(device)
-    kernel = _kernel_of(capability, x.max_seqlen_q, *sizes[2:], page_size)
-    return Kind(kernel, *sizes, x.q.dtype, device, x.scale, x.causal, page_size=page_size)
+    capability, dtypes = torch.cuda.get_device_capability(device), (x.q.dtype, x.k.dtype)
+    kernel = _kernel_of(capability, x.max_seqlen_q, dtypes, *sizes[2:], page_size)
+    return Kind(kernel, *sizes, *dtypes, device, x.scale, x.causal, page_size=page_size)
 
 
 def _kernel_of(
-    capability: Capability | None, q_len: int | None, dim: int, v_dim: int, page_size: int | None = None
+    capability: Capability | None,
+    q_len: int | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    dim: int,
+    v_dim: int,
+    page_size: int | None = None,
 ) -> str:
     """The fa3 kernel steps through pages of keys and of values alike, so these are of one size."""
     few = q_len is not None and q_len <= MAX_DECODE_QUERIES
     fits = not FA3.head_dims.why_not(dim, v_dim) and (page_size is None or dim == v_dim)
+    fits = fits and dtypes[0] == dtypes[1]
     return "fa3" if capability == HOPPER and not few and fits else "fa2"
+
+
+def _takes_bytes(capability: Capability | None, head_dim: int | None) -> bool:
+    return head_dim != 512 or (capability or HOPPER) >= (10, 0)

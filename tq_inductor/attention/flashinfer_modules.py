@@ -21,10 +21,16 @@ CORE_MINUTES = {"fa2": 5, "fa3": 20}  # that one core compiles a module of batch
 
 @dataclass(frozen=True)
 class Module:
-    """A module, by what it is compiled for; `batch`: for planned sequences, not for a single one."""
+    """A module, by what it is compiled for.
+
+    Attributes:
+        dtype, kv_dtype: of q and the result, of k and v.
+        batch: for sequences that are planned, not for a single one.
+    """
 
     kernel: str
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     head_dim: int
     v_head_dim: int
     window: bool
@@ -36,7 +42,7 @@ class Module:
         """FlashInfer's name of it, also that of its file."""
         from flashinfer import jit
 
-        dtypes, sizes = (self.dtype,) * 3, (self.head_dim, self.v_head_dim)
+        dtypes, sizes = (self.dtype, self.kv_dtype, self.dtype), (self.head_dim, self.v_head_dim)
         flags = (0, self.window, self.softcap, False)  # no encoding of positions, scores in float32
         if self.batch:
             return jit.get_batch_prefill_uri(self.kernel, *dtypes, torch.int32, *sizes, *flags)  # type: ignore[no-any-return]

@@ -47,6 +47,7 @@ class Kind:
     head_dim: int
     v_head_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     scale: float
     causal: bool
@@ -59,7 +60,7 @@ class Kind:
         """What has to be compiled."""
         window, softcap = self.window_back is not None, bool(self.softcap)
         sizes = (self.head_dim, self.v_head_dim)
-        return Module(self.kernel, self.dtype, *sizes, window, softcap, batch=True)
+        return Module(self.kernel, self.dtype, self.kv_dtype, *sizes, window, softcap, batch=True)
 
     def wrapper(self, **buffers: Any) -> Any:
         """FlashInfer's object for it, not planned yet."""
@@ -84,7 +85,7 @@ class Kind:
             "head_dim_vo": self.v_head_dim, "causal": self.causal, "sm_scale": self.scale,
             "window_left": -1 if self.window_back is None else self.window_back,
             "logits_soft_cap": self.softcap or 0.0, "pos_encoding_mode": "NONE",
-            "q_data_type": self.dtype, "kv_data_type": self.dtype,
+            "q_data_type": self.dtype, "kv_data_type": self.kv_dtype,
         }  # fmt: skip
         if self.page_size is None:
             wrapper.plan(qo_indptr=starts_q, kv_indptr=starts_k, **flags)
@@ -147,9 +148,7 @@ class Plan:
         tensors, sizes = (x.cu_seqlens_q, x.cu_seqlens_k), sizes_of(x)
         if not read and sizes == self._sizes and self._saw(tensors):
             return
-        lengths = torch.cat(
-            tensors
-        ).cpu()  # this waits for the device, and so for the copies of the last plan
+        lengths = torch.cat(tensors).cpu()  # waits for the device, and so for the copies of the last plan
         if self._lengths is None or sizes != self._sizes or not torch.equal(lengths, self._lengths):
             starts_q, starts_k = lengths.split([len(tensor) for tensor in tensors])
             _check(starts_q, starts_k, x)
@@ -214,8 +213,8 @@ class Plan:
     def _zeros(self, x: VarlenArguments) -> list[torch.Tensor]:
         """q, k and v; of pages the first only."""
         first = [y.shape if x.block_table is None else (1, *y.shape[1:]) for y in (x.k, x.v)]
-        options: dict[str, Any] = {"dtype": self._kind.dtype, "device": self._kind.device}
-        return [torch.zeros(shape, **options) for shape in (x.q.shape, *first)]
+        made = zip((x.q.shape, *first), (x.q.dtype, x.k.dtype, x.v.dtype), strict=True)
+        return [torch.zeros(shape, dtype=dtype, device=self._kind.device) for shape, dtype in made]
 
     def _put(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values` on the device, in the buffer of this name, which a graph may read, if they fit."""

@@ -30,6 +30,8 @@ class AttentionBackend:
         attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
         varlen: computes what the op `varlen_attn` is called with; None if it cannot, or by another way.
         pages: whether `varlen` takes keys and values in pages on a device; they are copied for the others.
+        formats: of bytes that `varlen` takes, as tensors of that dtype, on a device and of a head size; for
+            the others they are made `dtype`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class AttentionBackend:
     attend: Callable[[DenseArguments], torch.Tensor] | None = None
     varlen: Callable[[VarlenArguments], torch.Tensor] | None = None
     pages: Callable[[torch.device], bool] = lambda device: False
+    formats: Callable[[torch.device, int], tuple[str, ...]] = lambda device, head_dim: ()
 
 
 BACKENDS = (
@@ -58,7 +61,7 @@ BACKENDS = (
     ),
     AttentionBackend(
         "flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.broken, flashinfer.unbuilt,
-        flashinfer.note, flashinfer.attend, flashinfer.varlen, flashinfer.pages,
+        flashinfer.note, flashinfer.attend, flashinfer.varlen, flashinfer.pages, flashinfer.formats,
     ),
     AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, attend=cudnn.attend),
     AttentionBackend(
