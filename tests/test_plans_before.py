@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from tq_inductor.lowering.plans_before import plan_before
+from tq_inductor.lowering.plans_before import Before, plan_before
 
 import tq_inductor.ops  # noqa: F401
+from tq_inductor import compiler
 from tq_inductor.attention import flashinfer
 
 OPS = torch.ops.tq_inductor
@@ -144,3 +147,40 @@ def test_a_dense_call_runs_once_before(monkeypatch):
     (args,) = seen
     assert [tuple(x.shape) for x in args[:3]] == [(2, 4, 40, 64), (2, 2, 40, 64), (2, 2, 40, 64)]
     assert args[3:] == (None, None, None, "bottom-right", -1, 0, None, 0.25, "flashinfer")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function compiled for CUDA graphs by a compiler that finds a given `Before`; Inductor's options."""
+    seen = []
+
+    def inductor(gm, example_inputs, options):
+        seen.append(options)
+        return gm.forward
+
+    def compile_with(before):
+        monkeypatch.setattr(compiler, "plan_before", lambda graph: before)
+        torch._dynamo.reset()
+        function = torch.compile(lambda x: x + 1, backend="turboquant", options={"triton.cudagraphs": True})
+        return function, seen
+
+    monkeypatch.setattr(torch._inductor, "compile", inductor)
+    return compile_with
+
+
+def test_the_compiler_plans_before_each_run(compiled):
+    seen = []
+    function, options = compiled(Before(plan=seen.append))
+    x, y = torch.zeros(3), torch.ones(3)
+    for argument in (x, y):
+        assert torch.equal(function(argument), argument + 1)
+    assert [args[0] is argument for args, argument in zip(seen, (x, y), strict=True)] == [True, True]
+    assert options[0]["triton.cudagraphs"] is True
+
+
+def test_what_cannot_be_planned_runs_without_cuda_graphs_and_says_so(compiled, caplog):
+    function, options = compiled(Before(obstacle="cu_seqlens are computed in the graph"))
+    with caplog.at_level(logging.WARNING):
+        function(torch.zeros(3))
+    assert options[0]["triton.cudagraphs"] is False
+    assert "flashinfer: no CUDA graph, cu_seqlens are computed in the graph" in caplog.text
