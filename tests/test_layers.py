@@ -90,6 +90,12 @@ MAY_IMPORT = {
     "attention.machine": ["attention.limits"],
     "attention.packages": [],
     "attention.own_kernels": ["attention.call"],
+    "attention.flashinfer_modules": [],
+    "attention.flashinfer_plans": ["attention.arguments", "attention.flashinfer_modules"],
+    "attention.flashinfer": [
+        *("attention.arguments", "attention.call", "attention.limits", "attention.machine"),
+        *("attention.packages", "attention.flashinfer_*"),
+    ],
     # A backend knows itself, never another.
     "attention.*": [
         "attention.arguments",

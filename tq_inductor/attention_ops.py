@@ -10,7 +10,7 @@ import torch
 
 from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
-from .foreign_kv import check_stored, plain_tokens
+from .foreign_kv import FP8, check_stored, plain_tokens
 from .op_checks import check_softcap
 from .results import as_result, empty_result
 
@@ -100,13 +100,16 @@ def _varlen_attn(
 ) -> torch.Tensor:
     for stored in (k, v):
         check_stored(stored, q.dtype, kv_format, block_table)
-    if kv_format is not None or not (q.is_cuda and BY_NAME[backend].pages(q.device)):
+    chosen = BY_NAME[backend]
+    if kv_format is not None and q.is_cuda and kv_format in chosen.formats(q.device, q.shape[-1]):
+        k, v, kv_format = k.view(FP8[kv_format]), v.view(FP8[kv_format]), None
+    if kv_format is not None or not (q.is_cuda and chosen.pages(q.device)):
         how = (q.dtype, kv_format, cu_seqlens_k, block_table, max_seqlen_k)
         k, v, block_table = plain_tokens(k, *how), plain_tokens(v, *how), None
     sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     x = VarlenArguments(q, k, v, *sizes, is_causal, scale * k_scale, block_table)
     if q.is_cuda and backend != "triton":
-        varlen = BY_NAME[backend].varlen
+        varlen = chosen.varlen
         if varlen is None:
             raise ValueError(f"attention backend {backend!r} takes no ragged sequences")
         out = varlen(x)

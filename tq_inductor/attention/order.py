@@ -13,7 +13,15 @@ from .call import AttentionCall
 
 FULL, CAUSAL, BAND, DENSE = "full", "causal", "band", "dense"
 PADDED, PADDED_CAUSAL = "padded", "padded causal"
-LAST = ("sdpa", "triton", "fa4", "fa3", "fa2", "flex")  # from the second on for sinks and softcap
+LAST = (
+    "sdpa",
+    "triton",
+    "fa4",
+    "fa3",
+    "fa2",
+    "flex",
+    "flashinfer",
+)  # from the second on for sinks and softcap
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Order:
 # hidden, cuDNN (PyTorch's own choice there) where few are; FlashAttention 4 is slow for short queries, and
 # does not split keys. torch's FlashAttention 2 is better than our kernel for many queries, worse for a few.
 # FlexAttention and FlashInfer's kernels are compiled for seconds to minutes at their first call: the former
-# comes when nothing else can; the latter, never the best, not unasked.
+# comes when nothing else can; the latter, never the best, after it, and only if that is done already.
 # Padding (padding.json): ours, but for encoders with larger heads, where FlashAttention 3 over ragged
 # sequences wins although tokens are counted, gathered and scattered.
 # Other GPUs: not measured. What is native there by its documentation, PyTorch's choice where it has a flag.
