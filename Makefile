@@ -11,7 +11,7 @@ demo: $(SETUP)
 
 # One thread for each of the two workers: tensors are tiny, and threads that wait for work spin.
 test: $(SETUP) lint
-	OMP_NUM_THREADS=1 $(PYTHON) -P -m pytest -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -P -m pytest -m "not gpu" -n 2 --dist worksteal
 
 test-gpu: $(SETUP)
 	$(PYTHON) -P -m pytest -m gpu -n 10

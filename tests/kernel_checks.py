@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -396,8 +397,9 @@ def check_append(case: Case, device: str) -> None:
     last = (*visible, fmt, case.max_len, scale, beside, case.softcap, table, own)
     with nan_filled_memory():
         actual = append_and_attend(cache, q, k, v, lens, *turns, *last)
-    again = append_and_attend(cache, q, k, v, lens, *turns, *last)
-    assert torch.equal(actual.nan_to_num(7.0), again.nan_to_num(7.0)), "another result for the same inputs"
+    if device != "cpu":  # in the interpreter nothing races
+        again = append_and_attend(cache, q, k, v, lens, *turns, *last)
+        assert torch.equal(actual.nan_to_num(7.0), again.nan_to_num(7.0)), "another result, same inputs"
     assert torch.equal(cache, stored)
     for mine, other in zip(beside[:3], stored_beside[:3], strict=True):
         assert mine is None or torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)), "beside"
@@ -627,9 +629,13 @@ def run_all(groups: list[str], device: str, small: bool, shard: str) -> int:
 def repair_interpreter() -> None:
     """Let `range()` over tensors work: Triton 3.6 calls `int(array)`, which numpy 2.4 refuses.
 
-    And prepare `triton.language` for a device function at its first call, not at each of thousands.
+    Prepare `triton.language` for a device function at its first call, not at each of thousands. And leave
+    out the check of every integer operation for overflow, a third of the time: shapes are small here.
     """
     from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
     patch = interpreter._patch_lang_tensor
 

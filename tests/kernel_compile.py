@@ -26,7 +26,7 @@ from tq_inductor.kernels.varlen import varlen_attention
 
 # Target -> bytes of shared memory that a block may have.
 TARGETS = {
-    ("cuda", 80): 163 << 10,
+    ("cuda", 80): 99 << 10,  # it has 163; but 86, 89 and 120 need as much for the same kernel
     ("cuda", 86): 99 << 10,
     ("cuda", 89): 99 << 10,
     ("cuda", 90): 227 << 10,
@@ -34,6 +34,9 @@ TARGETS = {
     ("cuda", 120): 99 << 10,
     ("hip", "gfx942"): 64 << 10,
 }
+# What Triton makes for these (TTGIR; in 3.6 PTX too) is what it makes for 80, 90 or 100, except for early
+# launches, a few conversions and tensor cores: one variant of each kernel will do, the last.
+ALIKE = {("cuda", 86), ("cuda", 89), ("cuda", 120)}
 
 
 def record_launches() -> list[tuple]:
@@ -75,7 +78,7 @@ def record_launches() -> list[tuple]:
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
             table = block_table(case, "cpu")
             bounds, last = torch.zeros(2, q_len, 4, dtype=torch.int32), (fmt, 0.1, beside)
-            for visible in ((None, None), (mask, bounds)):
+            for visible in ((None, None), (mask, bounds)) if name == "k4v4" else ((None, None),):
                 work = exact_work(q_rows, 2, dim, lens, *visible, 4096, cap, beside, (new, new))
                 rows = rotate_queries(q_rows, rotation, 2, 0.1, None, work)
                 turns = (rotation, rotation)
@@ -156,13 +159,16 @@ def main(names_of_targets: list[str]) -> int:
     launches = {}
     for kernel, args, kwargs in record_launches():
         names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "EXACT_ROWS")
-        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE", *(("K_DIM",) if "COPIES" in kwargs else ()))
+        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
+        names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN"} else ()
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
     for target in chosen:
         limit = TARGETS[target]
-        for name, launch in launches.items():
+        last = {launch[0].fn.__name__: name for name, launch in launches.items()}
+        for name in last.values() if target in ALIKE else launches:
+            launch = launches[name]
             if launch[0].is_gluon() and not (target[0] == "cuda" and target[1] >= 89):
                 continue  # has no conversion of fp8
             started = time.perf_counter()
