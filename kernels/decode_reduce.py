@@ -197,8 +197,8 @@ def reduce_splits(
     rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 32 else MATRIX
     padded = triton.next_power_of_2(splits)
     num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
-    if rotation == HADAMARD:  # a value a thread: more would exchange the same values twice
-        num_warps = min(num_warps, block_d // 32)
+    if rotation == HADAMARD:  # a value of each half a thread: more would exchange the same values twice
+        num_warps = min(num_warps, max(1, block_d // 64))
     if transformed:
         rotation = SIGNS
     if rotation in (NONE, SIGNS):
