@@ -1,6 +1,6 @@
 """Unpack a cache into 16-bit or float32 keys and values, rotated back.
 
-Grid (batch rows x KV heads, runs of tiles of 64 tokens, 2), the last axis keys and values. A tile's
+Grid (batch rows x KV heads, runs of tiles of 64 or 32 tokens, 2), the last axis keys and values. A tile's
 centroids are multiplied by the transposed rotation on the tensor cores, both exact in float16: of a power
 of two the rotation is one number with signs, which a program loads once, of other dimensions two float16
 terms. Keys get their mean back, and exact tokens are read as they came. Without a page a key is NaN and a
@@ -27,6 +27,9 @@ from .centroids import asm_for, centroids, unit_of
 from .pages import find_tokens, table_arguments, tokens_of_page
 
 BLOCK_N = 64  # tokens of a tile: 64 x 128 float32 sums are 64 registers of 128 threads
+# Of sums of several products, too few for wgmma: Triton 3.6 lets one still read the registers of its first
+# operand while the next operand is put into them (wrong keys of 512 dims on an H200).
+FEW_TOKENS = 32
 MOST_TILES = 16  # of a program, which loads a rotation of 64 KiB first
 PROGRAMS_PER_SM = 6  # two waves of three
 
@@ -411,17 +414,19 @@ def dequantize_stored(
         (k_lo, k_hi), (v_lo, v_hi) = magnitude_words(fmt.k_bits), magnitude_words(fmt.v_bits)
         k_mean, exact, exact_from, sink_tokens = beside
         from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
-        tiles = triton.cdiv(max_len, BLOCK_N)
+        one_product = all(is_hadamard(d) and d == block_of(d) for d in (fmt.head_dim, fmt.v_head_dim))
+        block_n = BLOCK_N if one_product else FEW_TOKENS
+        tiles = triton.cdiv(max_len, block_n)
         run = min(MOST_TILES, triton.cdiv(2 * rows * tiles, PROGRAMS_PER_SM * sm_count(cache.device)))
         dequantize_kernel[(rows, triton.cdiv(tiles, run), 2)](
             cache, seq_lens, k_rotation, v_rotation, k if k_mean is None else k_mean,
             k if exact is None else exact, seq_lens if exact_from is None else exact_from, k, v, *strides,
-            from_stride, v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, max_len, run * BLOCK_N,
+            from_stride, v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, max_len, run * block_n,
             HAS_MEAN=k_mean is not None, HAS_EXACT=exact is not None, SINKS=sink_tokens,
             RECENT=beside.recent_tokens, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi,
             V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0], V_TABLE=lookup_words(fmt.v_bits)[0],
             K_ASM=asm_for(fmt.k_bits, cache.device), V_ASM=asm_for(fmt.v_bits, cache.device),
-            K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, PAGE=page, BLOCK_N=BLOCK_N,
+            K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, PAGE=page, BLOCK_N=block_n,
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return k, v
