@@ -206,6 +206,22 @@ def test_softcaps_that_are_refused(softcap):
     assert torch.equal(cache, before)
 
 
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+@pytest.mark.parametrize(("batch", "q_len"), [(0, 1), (0, 3), (2, 0), (0, 0)])
+def test_no_rows_or_no_queries(name, batch, q_len):
+    cache, (k, v), (seq_lens, *rotations) = cache_arguments(name, "cpu")
+    cache, k, v = cache[:batch], k[:batch, :, :q_len], v[:batch, :, :q_len]
+    q = torch.randn(batch, 4, q_len, 16)
+    for lens in (seq_lens, seq_lens.expand(batch)):
+        tail = (lens, *rotations)
+        ops.tq_store(cache, k, v, *tail, name)
+        keys, _ = ops.tq_dequantize(cache, *tail, name, MAX_LEN, torch.float32)
+        assert keys.shape == (batch, 2, MAX_LEN, 16)
+        rest = (None, None, None, name, MAX_LEN, 0.25)
+        assert ops.tq_decode(q, cache, *tail, *rest).shape == q.shape
+        assert ops.tq_append_attend(cache, q, k, v, *tail, *rest).shape == q.shape
+
+
 def test_attend_reads_only_what_is_visible():
     q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, 3), (2, 20), (2, 20)))
     bounds = torch.tensor([[[2, 5], [3, 9], [0, 0]], [[4, 4], [2, 3], [8, 9]]], dtype=torch.int32)
