@@ -274,6 +274,13 @@ def test_importing_the_package_imports_nothing_heavy():
     assert out.strip() == "[]"
 
 
+def test_the_ops_are_there_once_the_package_is_imported_after_torch():
+    show = "import torch, tq_inductor; print(torch.ops.tq_inductor.tq_store)"
+    assert "tq_inductor.tq_store" in _python(show)
+    for earlier in ({}, {"TORCH_LOGS": "tq_inductor"}):
+        assert "tq_inductor.tq_store" in _python(f"from tq_inductor import KVFormat; {show}", **earlier)
+
+
 def test_torch_logs_may_name_the_package():
     # TORCH_LOGS walks all that the package's path holds, in the middle of `import torch`; in a
     # checkout that path must not hold the package itself, and so on down without end.
