@@ -435,6 +435,14 @@ def test_report_reaches_counters_and_log(caplog):
     assert "1 of 1 attention calls rewritten" in caplog.text
 
 
+def test_what_explain_finds_reaches_counters_and_log_too(caplog):
+    counters["turboquant"].clear()
+    with caplog.at_level(logging.INFO, logger="tq_inductor"), torch.no_grad():
+        report = explain(attend, make_cache(), new_tokens(heads=4), new_tokens(), new_tokens())
+    assert counters["turboquant"] == {"calls": 1, "rewritten.turboquant": 1}
+    assert str(report) in caplog.text
+
+
 def compile_with(options=None, mode=None, fn=None):
     fn = fn or (lambda x: F.scaled_dot_product_attention(x, x, x))
     with torch.no_grad():

@@ -112,12 +112,14 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What the compiler would do with each attention call of `model(*args, **kwargs)`.
 
     The model runs once, rewritten but without Inductor; a cache among the arguments is written to.
-    Print the report, or read its `rows`.
+    Print the report, or read its `rows`; as when compiling, it goes to the log, the trace and the counters.
     """
     report = Report()
 
     def collect(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        report.rows += rewrite(gm, dict.fromkeys(PHASES, "auto")).rows
+        found = rewrite(gm, dict.fromkeys(PHASES, "auto"))
+        found.publish()
+        report.rows += found.rows
         return gm.forward
 
     if isinstance(model, nn.Module):
