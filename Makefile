@@ -14,7 +14,7 @@ test: $(SETUP) lint
 	OMP_NUM_THREADS=1 $(PYTHON) -P -m pytest -m "not gpu" -n 2 --dist worksteal
 
 test-gpu: $(SETUP)
-	$(PYTHON) -P -m pytest -m gpu -n 10
+	$(PYTHON) -P -m pytest -m gpu -n auto --maxprocesses 24
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
