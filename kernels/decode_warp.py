@@ -154,7 +154,7 @@ def warp_split_kernel(
     lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n,
     v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits, raw_q_ptr, k_ptr, v_ptr,
     exact_ptr, exact_out_ptr, exact_log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b,
-    k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, kv_heads, scale, exact_programs,
+    k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, scale, exact_runs,
     HAS_NEW: gl.constexpr, TOKENS: gl.constexpr, K_BITS: gl.constexpr,
     V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr, K_ASM: gl.constexpr,
     V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
@@ -174,24 +174,24 @@ def warp_split_kernel(
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 
-    run, kv_head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    if TOKENS > 0:  # of exact tokens; in a grid of one dimension, so that these programs start first
-        if run < exact_programs:
+    if TOKENS > 0:  # the runs over exact tokens, first in the last dimension, are the first to start
+        kv_head, batch, run = gl.program_id(0).to(gl.int64), gl.program_id(1).to(gl.int64), gl.program_id(2)
+        group = batch * gl.num_programs(0) + kv_head
+        if run < exact_runs:
             attend_to_exact(
-                run, raw_q_ptr, k_ptr, v_ptr, exact_ptr, exact_out_ptr, exact_log_ptr, exact_from_ptr,
-                seq_lens_ptr, bounds_ptr, mask_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-                k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, lens_stride,
-                from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n, kv_heads, rows,
-                q_len, max_len, scale, HAS_NEW, HAS_BOUNDS, HAS_MASK, SOFTCAP, SINKS, RECENT, K_DIM, V_DIM,
-                HEADS, TOKENS,
+                run, batch, kv_head, group, raw_q_ptr, k_ptr, v_ptr, exact_ptr, exact_out_ptr,
+                exact_log_ptr, exact_from_ptr, seq_lens_ptr, bounds_ptr, mask_ptr, q_stride_b, q_stride_h,
+                q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h,
+                v_stride_t, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b,
+                mask_stride_n, rows, q_len, max_len, scale, HAS_NEW, HAS_BOUNDS, HAS_MASK, SOFTCAP, SINKS,
+                RECENT, K_DIM, V_DIM, HEADS, TOKENS,
             )  # fmt: skip
             return
-        run -= exact_programs
-        runs = splits * gl.cdiv(rows, N)
-        kv_head, batch = run // runs % kv_heads, run // runs // kv_heads
-        run %= runs
-    kv_head, batch = kv_head.to(gl.int64), batch.to(gl.int64)
-    group, split = batch * kv_heads + kv_head, run % splits
+        run -= exact_runs
+    else:
+        run, kv_head, batch = gl.program_id(0), gl.program_id(1).to(gl.int64), gl.program_id(2).to(gl.int64)
+        group = batch * gl.num_programs(1) + kv_head
+    split = run % splits
 
     # A query row sees slots low .. high - 1.
     row = run // splits * N + gl.arange(0, N, layout=COLUMNS)
@@ -364,15 +364,16 @@ def warp_split(
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
     groups, tiles = batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value)
-    splits, spare = share(groups, tiles, work.programs, TILE.value * fmt.slot_bytes, sms, q.device)
+    others = batch * kv_heads * work.runs
+    splits, spare = share(groups, tiles, others, TILE.value * fmt.slot_bytes, sms, q.device)
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
     exact_from, table = beside.exact_from, table_arguments(block_table, seq_lens)
     _, mask, (mask_stride_b, _, _, mask_stride_n) = mask_arguments(attn_mask, q, max_len)
     grid = (splits * blocks, kv_heads, batch)
-    if work.programs:
-        grid = (work.programs + splits * groups,)
+    if work.runs:
+        grid = (kv_heads, batch, work.runs + splits * blocks)
     warp_split_kernel[grid](
         q, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
         seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],

@@ -128,15 +128,18 @@ def sum_operand(x, VECTORS: gl.constexpr, DIM: gl.constexpr):
 
 @gluon.jit
 def attend_to_exact(
-    program, q_ptr, k_ptr, v_ptr, exact_ptr, part_ptr, log_ptr, exact_from_ptr, seq_lens_ptr, bounds_ptr,
-    mask_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t,
-    v_stride_b, v_stride_h, v_stride_t, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
-    mask_stride_b, mask_stride_n, kv_heads, rows, q_len, max_len, scale, HAS_NEW: gl.constexpr,
+    run, batch, kv_head, kv_row, q_ptr, k_ptr, v_ptr, exact_ptr, part_ptr, log_ptr, exact_from_ptr,
+    seq_lens_ptr, bounds_ptr, mask_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b,
+    k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, lens_stride, from_stride, bounds_stride_b,
+    bounds_stride_t, mask_stride_b, mask_stride_n, rows, q_len, max_len, scale, HAS_NEW: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_MASK: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     RECENT: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
     TOKENS: gl.constexpr,
 ):  # fmt: skip
-    """Partials of `ROWS` rows and `TOKENS` slots; with `HAS_NEW`, k and v are the last q_len tokens."""
+    """Partials of `ROWS` rows and `TOKENS` slots; with `HAS_NEW`, k and v are the last q_len tokens.
+
+    Of a KV head, the `kv_row`th of all rows of the batch, it is the `run`th program.
+    """
     EXACT: gl.constexpr = SINKS + RECENT
     PIECES: gl.constexpr = (EXACT + TOKENS - 1) // TOKENS
     WIDTH: gl.constexpr = K_DIM + V_DIM
@@ -145,10 +148,7 @@ def attend_to_exact(
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
-    blocks = gl.cdiv(rows, ROWS)
-    first_slot, first_row = program % PIECES * TOKENS, program // PIECES % blocks * ROWS
-    kv_row = (program // PIECES // blocks).to(gl.int64)
-    batch, kv_head = kv_row // kv_heads, kv_row % kv_heads
+    first_slot, first_row = run % PIECES * TOKENS, run // PIECES * ROWS
     length = gl.load(seq_lens_ptr + batch * lens_stride)
     exact_from = gl.load(exact_from_ptr + batch * from_stride, cache_modifier=".cg").to(gl.int32)
 
@@ -244,13 +244,13 @@ class ExactWork(NamedTuple):
 
     Attributes:
         parts: what it fills; None if there are no tokens, or it does not take them.
-        programs: how many it takes.
+        runs: how many programs it takes for each row of the batch and KV head.
         arguments: the kernel's.
         constants: likewise.
     """
 
     parts: Parts | None
-    programs: int
+    runs: int
     arguments: tuple
     constants: dict
 
@@ -263,8 +263,8 @@ def exact_work(
 
     `new`: k and v of the last q tokens, if the launch before stores them.
     """
-    batch, heads, q_len, dim = q.shape
-    parts, programs, tokens = None, 0, 0
+    _, heads, q_len, dim = q.shape
+    parts, runs, tokens = None, 0, 0
     if beside.exact is not None:
         blocks = triton.cdiv(q_len * heads // kv_heads, ROWS.value)
         tiles = triton.cdiv(beside.exact.shape[2], TILE.value)
@@ -273,10 +273,10 @@ def exact_work(
         as_they_lie = all(x.dtype == beside.exact.dtype and x.stride(3) == 1 for x in new or ())
         if few and as_they_lie and q.dtype == beside.exact.dtype:
             parts = empty_parts(q, kv_heads, pieces, v_dim)
-            programs, tokens = batch * kv_heads * blocks * pieces, TILE.value * triton.cdiv(tiles, pieces)
+            runs, tokens = blocks * pieces, TILE.value * triton.cdiv(tiles, pieces)
     k, v = new or (q, q)
     arguments = (
         q, k, v, q if beside.exact is None else beside.exact, *(parts or (q, q)), *q.stride(),
-        *k.stride()[:3], *v.stride()[:3], kv_heads, scale, programs,
+        *k.stride()[:3], *v.stride()[:3], scale, runs,
     )  # fmt: skip
-    return ExactWork(parts, programs, arguments, dict(HAS_NEW=new is not None, TOKENS=tokens))
+    return ExactWork(parts, runs, arguments, dict(HAS_NEW=new is not None, TOKENS=tokens))
