@@ -46,13 +46,12 @@ def append_and_attend(
     out = empty_result(q, fmt.v_head_dim)
     with torch.cuda.device_of(q):
         bounds = expand_bounds(bounds, q)
-        of_exact = (fmt.v_head_dim, seq_lens, attn_mask, bounds, max_len, softcap, beside, (k, v))
-        work = exact_work(q, cache.shape[1], *of_exact)
+        work = exact_work(q, cache.shape[1], fmt.v_head_dim, scale, beside, (k, v))
         queries = store_and_rotate(
-            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, work, softcap, block_table
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, softcap, block_table
         )
         attend_by_warps(
-            out, q, queries, work.parts, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+            out, q, queries, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
             max_len, scale, beside, softcap, block_table,
         )  # fmt: skip
     return out

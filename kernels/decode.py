@@ -256,11 +256,10 @@ def decode(
     k_mean = None if softcap is None else beside.k_mean  # the reduction adds it otherwise
     if own is None and takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
         with torch.cuda.device_of(q):
-            of_exact = (fmt.v_head_dim, seq_lens, attn_mask, bounds, max_len, softcap, beside)
-            work = exact_work(q, cache.shape[1], *of_exact)
-            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean, work)
+            work = exact_work(q, cache.shape[1], fmt.v_head_dim, scale, beside)
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
             attend_by_warps(
-                out, q, queries, work.parts, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+                out, q, queries, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
                 max_len, scale, beside, softcap, block_table, lse,
             )  # fmt: skip
         return out

@@ -1,8 +1,11 @@
 """The first launch of decoding: rotate the queries.
 
-For decoding by warps they are brought to the range of float16, and other programs of the launch attend to
-exact tokens (`exact`); when such a step also appends, others store the new tokens (`store_and_rotate`). For
-the portable kernel they are float32 (`rotate`).
+For decoding by warps they are brought to the range of float16; when such a step also appends, other
+programs of the launch store the new tokens (`store_and_rotate`). For the portable kernel they are float32
+(`rotate`).
+
+They wait before they let the next launch start: that has programs that do not wait (`exact`) and need what
+was there before this one.
 """
 
 from typing import NamedTuple
@@ -15,7 +18,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import Beside
 from ..format import KVFormat
 from .bits import TINY, early_launch, hadamard
-from .exact import ExactWork, attend_to_exact, exact_work
 from .scores import LOG2_E
 from .store import store_arguments, store_kernel, take_mean
 
@@ -85,33 +87,17 @@ def rotate_block(
 
 @triton.jit
 def query_kernel(
-    q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr, mean_score_ptr, exact_ptr, exact_from_ptr,
-    seq_lens_ptr, from_stride, lens_stride, bounds_ptr, mask_ptr, part_ptr, log_ptr, bounds_stride_b,
-    bounds_stride_t, mask_stride_b, mask_stride_n, max_len, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-    rows, kv_rows, kv_heads, q_len, scale, exact_programs, MEAN_SCORES: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    RECENT: tl.constexpr, EXACT_ROWS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    V_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t,
+    q_stride_d, rows, kv_heads, q_len, scale, MEAN_SCORES: tl.constexpr, DIM: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Exact tokens in the first programs, the queries in the others."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if tl.program_id(0) < exact_programs:
-        if EXACT_ROWS > 0:
-            attend_to_exact(
-                tl.program_id(0), q_ptr, q_ptr, q_ptr, exact_ptr, exact_from_ptr, seq_lens_ptr, bounds_ptr,
-                mask_ptr, part_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, 0, 0, 0,
-                0, 0, 0, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b,
-                mask_stride_n, kv_rows, kv_heads, q_len, max_len, scale, False, HAS_BOUNDS, MASK, SOFTCAP,
-                SINKS, RECENT, DIM, V_DIM, HEADS, EXACT_ROWS, TOKENS,
-            )  # fmt: skip
-    else:
-        rotate_block(
-            tl.program_id(0) - exact_programs, q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr,
-            mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, kv_heads, q_len, scale,
-            MEAN_SCORES, DIM, HEADS, BLOCK_M,
-        )  # fmt: skip
+    rotate_block(
+        tl.program_id(0), q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b,
+        q_stride_h, q_stride_t, q_stride_d, rows, kv_heads, q_len, scale, MEAN_SCORES, DIM, HEADS, BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -120,22 +106,18 @@ def prepare_kernel(
     exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
     k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
-    q_ptr, out_ptr, scale_ptr, mean_score_ptr, bounds_ptr, mask_ptr, part_ptr, log_ptr, bounds_stride_b,
-    bounds_stride_t, mask_stride_b, mask_stride_n, max_len, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-    rows, kv_rows, scale, exact_blocks,
+    q_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, scale,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, MEAN_SCORES: tl.constexpr, HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, EXACT_ROWS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, MEAN_SCORES: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """`store_kernel` in two rows of the grid, exact tokens in `exact_blocks` more, then the queries."""
+    """`store_kernel` in two rows of the grid, then the queries."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    program = (tl.program_id(1) - 2) * tl.num_programs(0) + tl.program_id(0)
     if tl.program_id(1) < 2:
         store_kernel(
             cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
@@ -146,21 +128,11 @@ def prepare_kernel(
             RECENT, K_BITS, V_BITS, K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE,
             BLOCK, BLOCK_K,
         )  # fmt: skip
-    elif tl.program_id(1) < 2 + exact_blocks:
-        if EXACT_ROWS > 0:
-            attend_to_exact(
-                program, q_ptr, k_ptr, v_ptr, exact_ptr, exact_from_ptr, seq_lens_ptr, bounds_ptr, mask_ptr,
-                part_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h,
-                k_stride_t, v_stride_b, v_stride_h, v_stride_t, lens_stride,
-                from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n, kv_rows,
-                kv_heads, new, max_len, scale, True, HAS_BOUNDS, MASK, SOFTCAP, SINKS, RECENT, K_DIM, V_DIM,
-                HEADS, EXACT_ROWS, TOKENS,
-            )  # fmt: skip
     else:
         rotate_block(
-            program - exact_blocks * tl.num_programs(0), q_ptr, k_rotation_ptr, mean_ptr, out_ptr,
-            scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, kv_heads, new,
-            scale, MEAN_SCORES, K_DIM, HEADS, BLOCK_M,
+            (tl.program_id(1) - 2) * tl.num_programs(0) + tl.program_id(0), q_ptr, k_rotation_ptr, mean_ptr,
+            out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows,
+            kv_heads, new, scale, MEAN_SCORES, K_DIM, HEADS, BLOCK_M,
         )  # fmt: skip
 
 
@@ -189,21 +161,14 @@ def empty_queries(q: torch.Tensor, kv_heads: int, mean_scores: bool) -> Queries:
 
 
 def rotate_queries(
-    q: torch.Tensor,
-    rotation: torch.Tensor,
-    kv_heads: int,
-    scale: float,
-    k_mean: torch.Tensor | None,
-    work: ExactWork | None = None,
+    q: torch.Tensor, rotation: torch.Tensor, kv_heads: int, scale: float, k_mean: torch.Tensor | None
 ) -> Queries:
-    """Rotate q `[B, H, q, D]`, D a power of two; with a mean, take its scores; do `exact_work`."""
-    work = work or exact_work(q, kv_heads, q.shape[3])
+    """Rotate q `[B, H, q, D]`, D a power of two; with a mean, take its scores."""
     queries = empty_queries(q, kv_heads, k_mean is not None)
     rows = queries.factors.numel()
-    query_kernel[(work.programs + triton.cdiv(rows, ROWS),)](
-        q, rotation, q if k_mean is None else k_mean, *filled(queries), *work.kept, *work.arguments,
-        *q.stride(), rows, q.shape[0] * kv_heads, kv_heads, q.shape[2], scale, work.programs,
-        **work.constants, MEAN_SCORES=k_mean is not None, DIM=q.shape[3], HEADS=q.shape[1] // kv_heads,
+    query_kernel[(triton.cdiv(rows, ROWS),)](
+        q, rotation, q if k_mean is None else k_mean, *filled(queries), *q.stride(), rows, kv_heads,
+        q.shape[2], scale, MEAN_SCORES=k_mean is not None, DIM=q.shape[3], HEADS=q.shape[1] // kv_heads,
         BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return queries
@@ -226,7 +191,6 @@ def store_and_rotate(
     fmt: KVFormat,
     scale: float,
     beside: Beside,
-    work: ExactWork,
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
 ) -> Queries:
@@ -242,11 +206,9 @@ def store_and_rotate(
     )
     rows = queries.factors.numel()
     blocks = triton.cdiv(k[..., 0].numel(), constants["BLOCK"])
-    exact_blocks = triton.cdiv(work.programs, blocks)
-    prepare_kernel[(blocks, 2 + exact_blocks + triton.cdiv(triton.cdiv(rows, ROWS), blocks))](
-        *arguments, q, *filled(queries), *work.arguments, *q.stride(), rows, k.shape[0] * k.shape[1], scale,
-        exact_blocks, **constants | work.constants, MEAN_SCORES=mean_scores, HEADS=q.shape[1] // k.shape[1],
-        BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
+    prepare_kernel[(blocks, 2 + triton.cdiv(triton.cdiv(rows, ROWS), blocks))](
+        *arguments, q, *filled(queries), *q.stride(), rows, scale, **constants, MEAN_SCORES=mean_scores,
+        HEADS=q.shape[1] // k.shape[1], BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return queries
 

@@ -17,8 +17,6 @@ Queries come rotated, divided by their largest magnitude, in float16; a weight i
 that float16 loses nothing before 2**-39 of the largest.
 """
 
-import functools
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -30,11 +28,12 @@ from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, unpack_asm
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
-from .exact import Parts
+from .exact import TRANSPOSE, ExactWork, attend_to_exact
 from .pages import table_arguments, tokens_of_page
 from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
+from .warp_share import REGISTERS, share
 from .warp_tiles import (
     copy_keys,
     copy_values,
@@ -52,9 +51,6 @@ from .warp_tiles import (
 
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
-WARPS = 8  # on a multiprocessor: with the most registers, and enough to fill it
-SCHEDULERS = 4  # of a multiprocessor
-CPU_SHARED_BYTES = 99 << 10  # in the interpreter
 WEIGHT_BITS = gl.constexpr(15.0)
 
 # `$1`, in a register: lane masks below and above never meet, but the assembler does not know, and so
@@ -63,7 +59,6 @@ OPAQUE = gl.constexpr(
     "{ .reg .b32 a, b; mov.u32 a, %lanemask_lt; mov.u32 b, %lanemask_gt;"
     " and.b32 a, a, b; xor.b32 $0, $1, a; }"
 )
-TRANSPOSE = gl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
 WAIT = gl.constexpr("griddepcontrol.wait; // $0")
 LAUNCH_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
@@ -157,7 +152,10 @@ def warp_split_kernel(
     q_ptr, q_scale_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
     table_ptr, partial_ptr, log_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
     lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n,
-    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits, K_BITS: gl.constexpr,
+    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits, raw_q_ptr, k_ptr, v_ptr,
+    exact_ptr, exact_out_ptr, exact_log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b,
+    k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, scale, exact_runs,
+    HAS_NEW: gl.constexpr, TOKENS: gl.constexpr, K_BITS: gl.constexpr,
     V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr, K_ASM: gl.constexpr,
     V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
     SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_MASK: gl.constexpr,
@@ -176,13 +174,27 @@ def warp_split_kernel(
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 
-    split = gl.program_id(0) % splits
-    kv_head = gl.program_id(1).to(gl.int64)
-    batch = gl.program_id(2).to(gl.int64)
-    group = batch * gl.num_programs(1) + kv_head
+    if TOKENS > 0:  # the runs over exact tokens, first in the last dimension, are the first to start
+        kv_head, batch, run = gl.program_id(0).to(gl.int64), gl.program_id(1).to(gl.int64), gl.program_id(2)
+        group = batch * gl.num_programs(0) + kv_head
+        if run < exact_runs:
+            attend_to_exact(
+                run, batch, kv_head, group, raw_q_ptr, k_ptr, v_ptr, exact_ptr, exact_out_ptr,
+                exact_log_ptr, exact_from_ptr, seq_lens_ptr, bounds_ptr, mask_ptr, q_stride_b, q_stride_h,
+                q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h,
+                v_stride_t, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b,
+                mask_stride_n, rows, q_len, max_len, scale, HAS_NEW, HAS_BOUNDS, HAS_MASK, SOFTCAP, SINKS,
+                RECENT, K_DIM, V_DIM, HEADS, TOKENS,
+            )  # fmt: skip
+            return
+        run -= exact_runs
+    else:
+        run, kv_head, batch = gl.program_id(0), gl.program_id(1).to(gl.int64), gl.program_id(2).to(gl.int64)
+        group = batch * gl.num_programs(1) + kv_head
+    split = run % splits
 
     # A query row sees slots low .. high - 1.
-    row = gl.program_id(0) // splits * N + gl.arange(0, N, layout=COLUMNS)
+    row = run // splits * N + gl.arange(0, N, layout=COLUMNS)
     valid = row < rows
     token = row // HEADS
     seq_len = gl.load(seq_lens_ptr + batch * lens_stride)
@@ -248,7 +260,7 @@ def warp_split_kernel(
         whole_to = gl.minimum(whole_to, gl.min(gl.load(bounds_ptr + 3, mask=valid, other=filled), axis=0))
 
     place_k = gl.arange(0, K_PLANE, layout=gl.SliceLayout(1, SECOND))[:, None]
-    column = gl.program_id(0) // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
+    column = run // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
     q_ptr += (group * rows + column) * K_DIM + key_byte(place_k, K_PLANE, 2 if K_BITS == 3 else 1)
     q = ()
     for t in gl.static_range(codes_per_byte(K_BITS)):
@@ -300,13 +312,6 @@ def warp_split_kernel(
             gl.store(out_ptr + (t * V_PLANE + m * 16), x, mask=valid[None, :] & (value >= 0))
 
 
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory of a multiprocessor, of which each program takes 1 KiB more than it asks for."""
-    if device.type == "cpu":
-        return CPU_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) - 1024
-
-
 def takes(
     q: torch.Tensor,
     fmt: KVFormat,
@@ -334,23 +339,6 @@ def takes(
     )
 
 
-@functools.cache
-def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
-    """How many runs of `tiles` take the least time, with room for `most` programs on a scheduler.
-
-    In units of what a scheduler takes for a tile: with one program it waits for memory, with more it does
-    not; a program's start and end are a tile more, and splits add to the reduction.
-    """
-
-    def cost(splits: int) -> float:
-        programs = -(-groups * splits // schedulers)
-        if programs > most:  # some wait for others to end
-            programs = -(-programs // most) * most
-        return max(programs, 1.2) * (-(-tiles // splits) + 1) + splits / 200
-
-    return min(range(1, min(tiles, max(1, 4 * most * schedulers // groups)) + 1), key=cost)
-
-
 def warp_split(
     queries: Queries,
     cache: torch.Tensor,
@@ -361,6 +349,7 @@ def warp_split(
     fmt: KVFormat,
     max_len: int,
     sms: int,
+    work: ExactWork,
     beside: Beside = NOTHING,
     softcap: float | None = None,
     block_table: torch.Tensor | None = None,
@@ -374,34 +363,30 @@ def warp_split(
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
     blocks = triton.cdiv(rows, columns)
-    shared = TILE.value * fmt.slot_bytes
-    available = shared_bytes(q.device)
-    warps = min(WARPS, available // (shared + 1024))
-    groups = batch * kv_heads * blocks
-    splits = best_splits(
-        groups, triton.cdiv(max_len, TILE.value), SCHEDULERS * sms, -(-warps // SCHEDULERS)
-    )
-    # As much shared memory as leaves room for no more programs on a multiprocessor than its share: started
-    # early, they fill some before they go to others.
-    spare = available // min(warps, triton.cdiv(groups * splits, sms)) - 1024 - shared
+    groups, tiles = batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value)
+    others = batch * kv_heads * work.runs
+    splits, spare = share(groups, tiles, others, TILE.value * fmt.slot_bytes, sms, q.device)
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
     exact_from, table = beside.exact_from, table_arguments(block_table, seq_lens)
     _, mask, (mask_stride_b, _, _, mask_stride_n) = mask_arguments(attn_mask, q, max_len)
-    warp_split_kernel[(splits * blocks, kv_heads, batch)](
+    grid = (splits * blocks, kv_heads, batch)
+    if work.runs:
+        grid = (kv_heads, batch, work.runs + splits * blocks)
+    warp_split_kernel[grid](
         q, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
         seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
         partial, logs, *table[1:], *cache.stride()[:2], seq_lens.expand(batch).stride(0),
         0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), mask_stride_b, mask_stride_n, *offsets, rows,
-        q_len, max_len, splits,
+        q_len, max_len, splits, *work.arguments, **work.constants,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, HAS_MEAN=mean_scores is not None,
         SOFTCAP=softcap or 0.0, PAGE=tokens_of_page(cache, fmt, block_table), N=columns,
-        SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=65536 // 32 // WARPS - 1,
+        SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=REGISTERS,
         **early_launch(q.device),
     )  # fmt: skip
     return partial, logs
@@ -411,7 +396,7 @@ def attend_by_warps(
     out: torch.Tensor,
     q: torch.Tensor,
     queries: Queries,
-    parts: Parts | None,
+    work: ExactWork,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     v_rotation: torch.Tensor,
@@ -428,16 +413,16 @@ def attend_by_warps(
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated.
 
-    `parts`: q over the exact tokens, if that is done. `bounds` has a row for each row of the batch.
+    `work` is `exact_work`'s of q. `bounds` has a row for each row of the batch and each query.
     """
     heads, kv_heads, dv = q.shape[1], cache.shape[1], fmt.v_head_dim
-    k_mean = None if softcap else beside.k_mean
+    k_mean, parts = None if softcap else beside.k_mean, work.parts
     if parts is None:
         visible = (attn_mask, bounds, max_len, scale, softcap)
         parts = attend_unpacked(q, None, beside, seq_lens, *visible, kv_heads, dv)
     partial, logs = warp_split(
-        queries, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len, sm_count(out.device), beside,
-        softcap, block_table,
+        queries, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len, sm_count(out.device), work,
+        beside, softcap, block_table,
     )  # fmt: skip
     reduce_splits(
         out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // kv_heads, max_len,

@@ -70,7 +70,7 @@ def visible_slots(
     MASK: tl.constexpr,
 ):  # fmt: skip
     """(low, high): each row sees slots low .. high - 1, of those that the mask lets through."""
-    low = tl.zeros_like(token)
+    low = token * 0
     high = low + max_len
     if HAS_BOUNDS:
         bounds_ptr += token * stride_t

@@ -293,6 +293,7 @@ DECODE_GPU = [
             (5, "row", (4, 128), 3),
             (2, "window", (0, 16), 20),
             (1, "row", (300, 1), 0),
+            (1, "none", (0, 16), 20),
         )
     ),
     *(
@@ -378,7 +379,7 @@ DECODE_GPU = [
         if name != "bf16" or exact == (0, 0)
     ),
 ]
-# Exact tokens alone: masks are over keys, and dims powers of two.
+# Exact tokens alone: masks are over keys, and dims powers of two. In the interpreter, `unpacked`'s.
 EXACT_INTERPRETED = [
     Case("k4v4", 64, heads=14, lens=(90, 1), dtype=FP16, exact=(4, 32)),
     Case("k3v2", 16, 64, heads=7, kv_heads=1, q_len=16, lens=(129, 16), dtype=FP16, exact=(4, 8)),
@@ -387,8 +388,8 @@ EXACT_INTERPRETED = [
     Case("k2v2", 16, lens=(70, 50), mask="holes", bounds="scan", dtype=FP16, exact=(4, 40), softcap=2.0),
     Case("k4v8", 16, q_len=2, lens=(50,), dtype=FP16, exact=(60, 0), crop=9),
     Case("k4v4", 16, q_len=3, lens=(100, 40), bounds="row", dtype=FP16, exact=(0, 17)),
-    Case("k4v4", 16, q_len=3, lens=(100, 40), dtype=FP32, exact=(1, 5)),  # `unpacked`'s
-    Case("k4v4", 16, q_len=3, lens=(140, 40), dtype=FP16, exact=(100, 170)),  # likewise
+    Case("k4v4", 16, q_len=3, lens=(100, 40), dtype=FP32, exact=(1, 5)),
+    Case("k4v4", 16, q_len=3, lens=(140, 40), dtype=FP16, exact=(100, 170)),
 ]
 EXACT_GPU = [
     *EXACT_INTERPRETED,
@@ -402,6 +403,29 @@ EXACT_GPU = [
             (2, 5, "none", "row", (0, 250), None),
         )
     ),
+    # As many tokens as new ones or fewer, in few and in all slots; one row, 7, 8, 14 and 64.
+    *(
+        Case("k4v4", dim, v_dim, heads, 2, q, lens, 150, dtype=dtype, exact=exact)
+        for dim, v_dim, dtype in ((128, 128, BF16), (64, 64, FP16), (128, 256, FP16), (256, 256, BF16))
+        for heads, q, lens, exact in (
+            (2, 1, (1, 30), (4, 12)),
+            (8, 2, (2, 37), (4, 32)),
+            (14, 1, (3, 150), (0, 16)),
+            (14, 2, (90, 5), (2, 3)),
+            (8, 8, (8, 12), (4, 32)),
+            (8, 16, (17, 140), (5, 7)),
+        )
+    ),
+    *(
+        Case("k8v4", dim, heads=14, q_len=q, lens=(140, 37), mask=mask, bounds="scan", exact=(4, 32))
+        for dim in (64, 128, 256)
+        for q, mask in ((1, "keys"), (3, "keys"), (4, "holes"))
+    ),
+    Case("k4v4", 128, heads=8, lens=(90, 33), exact=(0, 16), crop=20),  # none of them is there any more
+    Case("k4v4", 128, heads=8, q_len=6, lens=(50,), exact=(60, 0), crop=9),
+    Case("k4v4", 128, heads=8, q_len=3, lens=(100, 33), exact=(4, 32), page=64, hole=0),
+    Case("k4v4", 128, heads=8, q_len=3, lens=(170, 33), exact=(4, 32), softcap=2.0),  # overfull
+    Case("k4v4", 256, heads=8, q_len=3, lens=(150, 33), exact=(4, 290)),  # `unpacked`'s
 ]
 APPEND_INTERPRETED = [
     Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9)),

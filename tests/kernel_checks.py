@@ -52,9 +52,11 @@ from kernel_cases import (
 from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import fp8_byte, fp8_value
 from tq_inductor.kernels.decode import attend, decode
-from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
+from tq_inductor.kernels.decode_query import store_and_rotate
+from tq_inductor.kernels.decode_warp import takes, warp_split
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.exact import exact_positions, exact_work
+from tq_inductor.kernels.pages import tokens_of_page
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.store_prompt import LEAST_TOKENS
 from tq_inductor.kernels.unpacked import attend_unpacked
@@ -421,7 +423,11 @@ def exact_tokens(beside: Beside, lens: torch.Tensor, max_len: int) -> torch.Tens
 
 
 def check_exact(case: Case, device: str) -> None:
-    """Exact tokens alone: in the launch that stores the new ones, and in one that finds them stored."""
+    """Exact tokens alone: by `unpacked`, and by the launch that attends to packed ones (not interpreted).
+
+    The latter with the new ones stored in the launch before it, which it does not wait for: what that
+    overwrites may be old, new or, as here, nothing of the kind; and with all of them stored long ago.
+    """
     fmt, (cache, before) = case.format, filled_cache(case, device)
     lens, turns, table = lengths(case, device), rotations(case, device), block_table(case, device)
     shape = (case.batch, case.kv_heads, case.q_len)
@@ -432,14 +438,22 @@ def check_exact(case: Case, device: str) -> None:
     scale, mask = 1.5 / case.dim**0.5, make_mask(case)
     bounds, beside = make_bounds(case, mask), moved(before, device)
     visible = on(device, mask, None if bounds is None else bounds.expand(case.batch, case.q_len, -1))
-    last = (case.kv_heads, fmt.v_head_dim, lens, *visible, case.max_len, case.softcap)
+    found = []
     with nan_filled_memory():
-        work = exact_work(q, *last, beside, (k, v))
-        store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, work, case.softcap, table)
-        again = exact_work(q, *last, beside)
-        rotate_queries(q, turns[0], case.kv_heads, scale, None, again)
+        queries = store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, case.softcap, table)
         rest = (*visible, case.max_len, scale, case.softcap, case.kv_heads, fmt.v_head_dim)
-        alone = attend_unpacked(q, None, beside, lens, *rest)
+        found.append(attend_unpacked(q, None, beside, lens, *rest))
+        overwritten = (beside.exact != before.exact.to(device)).any(-1, keepdim=True)
+        torn = beside._replace(
+            exact=beside.exact.masked_fill(overwritten, float("nan")),
+            exact_from=before.exact_from.to(device),
+        )
+        if takes(q, fmt, case.kv_heads, *visible, tokens_of_page(cache, fmt, table)):
+            for kept, new in ((beside, None), (beside, (k, v)), (torn, (k, v))):
+                work = exact_work(q, case.kv_heads, fmt.v_head_dim, scale, kept, new)
+                of_cache = (*visible, case.q_len, fmt, case.max_len, 2, work, kept, case.softcap, table)
+                warp_split(queries, cache, lens, *of_cache)
+                found.append(work.parts)
     stored, lens = moved(before, "cpu"), lens.cpu()
     reference.store(cache.cpu().clone(), k.cpu(), v.cpu(), lens, *rotations(case, "cpu"), fmt, stored)
     assert torch.equal(beside.exact.cpu().nan_to_num(7.0), stored.exact.nan_to_num(7.0)), "exact tokens"
@@ -448,9 +462,9 @@ def check_exact(case: Case, device: str) -> None:
     seen = seen if mask is None else seen & mask
     bounds = reference.last_tokens(lens, case.batch, case.q_len) if bounds is None else bounds
     expected, expected_lse = float64_attention(q, keys, values, seen, bounds, None, scale, case.softcap)
-    for parts in (work.parts, again.parts, alone):
+    for parts in found:
         if parts is None:
-            assert case.dtype == FP32 or sum(case.exact) > 256
+            assert sum(case.exact) > 256
             continue
         logs = parts.logs.cpu().double()
         log = torch.logsumexp(logs * math.log(2), -1, keepdim=True)

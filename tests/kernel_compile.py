@@ -65,26 +65,26 @@ def record_launches() -> list[tuple]:
             for attn_mask, cap in ways if name == "k4v4" and not page else ways[:1]:
                 last = (attn_mask, None, None, fmt, 4096, 0.1, beside, cap, table, lse)
                 decode(q, cache, lens, *rotations(case, "cpu"), *last)
-        for name, dim, q_len, cap, page in (
-            ("k4v4", 128, 1, None, 0),
-            ("k4v4", 256, 1, 50.0, 0),
-            ("k8v2", 128, 3, None, 64),
-            ("k2v8", 64, 1, None, 192),
-            ("k3v3", 128, 1, None, 0),
+        for name, dim, q_len, cap, page, exact in (
+            ("k4v4", 128, 1, None, 0, (4, 32)),
+            ("k4v4", 256, 1, 50.0, 0, (4, 32)),
+            ("k8v2", 128, 3, None, 64, (0, 0)),
+            ("k2v8", 64, 1, None, 192, (0, 130)),
+            ("k3v3", 128, 1, None, 0, (4, 12)),
         ):
-            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32), page=page)
+            case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=exact, page=page)
             cache, lens = garbage_cache(case, "cpu"), lengths(case, "cpu")
             q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             rotation, fmt, beside = rotations(case, "cpu")[0], case.format, empty_beside(case)
             table = block_table(case, "cpu")
             bounds, last = torch.zeros(2, q_len, 4, dtype=torch.int32), (fmt, 0.1, beside)
             for visible in ((None, None), (mask, bounds)) if name == "k4v4" else ((None, None),):
-                work = exact_work(q_rows, 2, dim, lens, *visible, 4096, cap, beside, (new, new))
-                rows = rotate_queries(q_rows, rotation, 2, 0.1, None, work)
+                work = exact_work(q_rows, 2, dim, 0.1, beside, (new, new))
+                rows = rotate_queries(q_rows, rotation, 2, 0.1, None)
                 turns = (rotation, rotation)
-                store_and_rotate(cache, q_rows, new, new, lens, *turns, *last, work, cap, table)
+                store_and_rotate(cache, q_rows, new, new, lens, *turns, *last, cap, table)
                 rest = (None, fmt, 4096, *last[1:], cap, table)
-                attend_by_warps(q_rows, q_rows, rows, work.parts, cache, lens, rotation, *visible, *rest)
+                attend_by_warps(q_rows, q_rows, rows, work, cache, lens, rotation, *visible, *rest)
         for name, dim, v_dim in (("k4v4", 128, 128), ("k4v3", 64, 128), ("k8v8", 128, 64)):
             case = Case(name, dim, v_dim, lens=(4096, 64), max_len=4096, exact=(4, 32))
             new_k, new_v = (torch.zeros(2, 2, 64, d, dtype=BF16) for d in (dim, v_dim))
@@ -158,7 +158,7 @@ def main(names_of_targets: list[str]) -> int:
     chosen = [targets[name] for name in names_of_targets or targets]
     launches = {}
     for kernel, args, kwargs in record_launches():
-        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "EXACT_ROWS")
+        names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "TOKENS")
         names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
         names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN"} else ()
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]

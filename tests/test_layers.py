@@ -46,15 +46,16 @@ MAY_IMPORT = {
     "kernels.exact": ["kernels.scores", "beside"],
     "kernels.unpacked": ["kernels.bits", "kernels.exact", "kernels.scores", "kernels.varlen", "beside"],
     "kernels.decode_query": [
-        *("kernels.bits", "kernels.exact", "kernels.scores", "kernels.store"),
+        *("kernels.bits", "kernels.scores", "kernels.store"),
         *("beside", "format"),
     ],
     "kernels.decode_reduce": ["kernels.bits", "kernels.exact", "kernels.scores"],
     "kernels.decode_warp": [
         *("kernels.bits", "kernels.decode_query", "kernels.decode_reduce", "kernels.exact"),
         *("kernels.pages", "kernels.scores", "kernels.unpacked", "kernels.warp_hadamard"),
-        *("kernels.warp_tiles", "beside", "format"),
+        *("kernels.warp_share", "kernels.warp_tiles", "beside", "format"),
     ],
+    "kernels.warp_share": [],
     "kernels.centroids": ["kernels.bits"],
     "kernels.dequantize": ["kernels.bits", "kernels.centroids", "kernels.pages", "beside", "format"],
     "kernels.prefill": [
