@@ -9,8 +9,9 @@ SETUP := $(filter .venv/bin/python,$(PYTHON))
 demo: $(SETUP)
 	$(PYTHON) -m tq_inductor.cli demo
 
+# One thread for each of the two workers: tensors are tiny, and threads that wait for work spin.
 test: $(SETUP) lint
-	$(PYTHON) -P -m pytest -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -P -m pytest -m "not gpu" -n 2 --dist worksteal
 
 test-gpu: $(SETUP)
 	$(PYTHON) -P -m pytest -m gpu -n 10

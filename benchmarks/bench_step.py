@@ -1,9 +1,10 @@
 """Milliseconds of a whole decode step of a transformers Llama with long caches, on a GPU.
 
     python benchmarks/bench_step.py [--out FOLDER] [--commit NAME] [--shape B L] [--with-inductor]
+                                    [--also OPTION]
 
-The model has 16 layers, hidden size 4096, 32/8 heads, bf16 and random weights. Each case compiles it with
-`mode="reduce-overhead"` and runs steps on a filled cache. Writes `step.json`.
+The model has 16 layers, hidden size 4096, 32/8 heads, bf16 and random weights. Each case compiles it as
+`mode="reduce-overhead"` does and runs steps on a filled cache. Writes `step.json`.
 """
 
 from __future__ import annotations
@@ -70,11 +71,15 @@ def filled(kind: str, model: LlamaForCausalLM, batch: int, length: int, held: in
     return cache
 
 
-def step_times(model: LlamaForCausalLM, cache: Cache, batch: int, backend: str) -> dict[str, Any]:
-    """Median and spread of a step's time in ms, and what compiling did."""
+def step_times(
+    model: LlamaForCausalLM, cache: Cache, batch: int, backend: str, option: str | None
+) -> dict[str, Any]:
+    """Median and spread of a step's time in ms, and what compiling did; `option` is Inductor's, then on."""
     torch._dynamo.reset()
     counters.clear()
-    step = torch.compile(model.forward, backend=backend, mode="reduce-overhead", fullgraph=True)
+    # What "reduce-overhead" stands for: torch.compile takes a mode or options.
+    options: dict[str, Any] = {"triton.cudagraphs": True} | ({} if option is None else {option: True})
+    step = torch.compile(model.forward, backend=backend, options=options, fullgraph=True)
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     times = []
     with torch.no_grad():
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("--commit", help="default: git's")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("B", "L"))
     parser.add_argument("--with-inductor", action="store_true", help="Inductor's own backend beside ours")
+    parser.add_argument("--also", metavar="OPTION", help="a key of Inductor's config, switched on")
     args = parser.parse_args()
     model = llama("cuda")
     rows = []
@@ -131,7 +137,8 @@ def main() -> None:
         held = int(length * part) - ROOM
         cache = filled(kind, model, batch, length, held)
         row = {"batch": batch, "max_cache_len": length, "tokens": held, "cache": kind, "compiler": backend}
-        row |= step_times(model, cache, batch, backend)
+        row |= {} if args.also is None else {"option": args.also}
+        row |= step_times(model, cache, batch, backend, args.also)
         row["floor_ms"] = floor_ms(model, kind, batch, held)
         rows.append(row)
         print(row, flush=True)

@@ -1,9 +1,9 @@
-"""Time appending to packed caches: one token for a batch, and a prompt.
+"""Time appending to packed caches, one token for a batch and a prompt, and reading all of one back.
 
     python benchmarks/bench_store.py [--out FOLDER] [--commit NAME]
 
 Needs an NVIDIA GPU. Writes `store.json`: medians of CUDA-graph replays over the caches of 16 layers, the
-spread, and for prompts the bytes read and written a second beside those of a copy.
+spread, and for prompts and reading the bytes read and written a second beside those of a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tq_inductor import KVFormat, PackedKVCache
 
 FORMATS = ("k8v8", "k8v4", "k4v4", "k3v3", "k2v2", "bf16")
 TOKEN_BATCHES = (1, 8, 64)
-PROMPT = 32768
+PROMPT, READ_BATCH = 32768, 8
 LAYERS, KV_HEADS, HEAD_DIM = 16, 8, 128
 
 
@@ -49,6 +49,21 @@ def time_store(name: str, batch: int, tokens: int, capacity: int) -> dict[str, f
     )
 
 
+def time_read(name: str, batch: int, tokens: int) -> dict[str, float]:
+    """Microseconds of one call that gives keys and values of full rows in 16 bits."""
+    cache = PackedKVCache(batch, KV_HEADS, HEAD_DIM, tokens, kv_format=name)
+    cache.packed.random_()  # its time does not depend on the bytes
+    cache.seq_length.fill_(tokens)
+    return replay_times([lambda: cache.read(tokens)])
+
+
+def shares(name: str, tokens: int, microseconds: float, copied: float) -> dict[str, float]:
+    """TB/s of `tokens` tokens in 16 bits and packed, and its share of what a copy does."""
+    moved = sum(KVFormat(f, HEAD_DIM).cache_bytes(1, KV_HEADS, tokens) for f in ("bf16", name))
+    speed = moved / microseconds / 1e6
+    return {"terabytes_per_second": round(speed, 3), "share_of_copy": round(speed / copied, 3)}
+
+
 def main() -> None:
     """Time all formats and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,14 +77,15 @@ def main() -> None:
         for batch in TOKEN_BATCHES:
             row[f"one_token_batch_{batch}"] = time_store(name, batch, 1, 1024)
         prompt = time_store(name, 1, PROMPT, PROMPT)
-        moved = sum(KVFormat(f, HEAD_DIM).cache_bytes(1, KV_HEADS, PROMPT) for f in ("bf16", name))
-        prompt["terabytes_per_second"] = round(moved / prompt["median_us"] / 1e6, 3)
-        prompt["share_of_copy"] = round(moved / prompt["median_us"] / 1e6 / copied, 3)
-        row[f"prompt_{PROMPT}"] = prompt
+        row[f"prompt_{PROMPT}"] = prompt | shares(name, PROMPT, prompt["median_us"], copied)
+        read = time_read(name, READ_BATCH, PROMPT)
+        read |= shares(name, READ_BATCH * PROMPT, read["median_us"], copied)
+        row[f"read_{READ_BATCH}x{PROMPT}"] = read
         print(row, flush=True)
         rows.append(row)
+    shape = f"{KV_HEADS} KV heads, head_dim {HEAD_DIM}; each call one layer"
     result = {
-        "what": f"append to a packed cache, {KV_HEADS} KV heads, head_dim {HEAD_DIM}; each call one layer",
+        "what": f"append to a packed cache, and read all of it, {shape}",
         "environment": environment(args.commit),
         "copy_terabytes_per_second": copied,
         "formats": rows,

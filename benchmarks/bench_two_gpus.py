@@ -4,7 +4,8 @@
 
 The same checkpoint (the Llama of `bench_point`, random weights) reads the same prompt and takes the same
 steps in each way, each in processes of its own; tensor parallelism is that of transformers, under torchrun:
-each cache holds the KV heads of its rank. Logits are compared with those of one GPU. Needs accelerate.
+each cache holds the KV heads of its rank. Logits are compared with those of one GPU. Layers on two GPUs are
+compiled one by one, for a minute each: few are compared, and their times are of few. Needs accelerate.
 Writes `two_gpus.json`. With `--size tiny` and no GPU, tensor parallelism runs on two processes of the CPU.
 """
 
@@ -33,14 +34,16 @@ from tq_inductor.clock import cache_bytes
 
 GPUS = 2
 CACHES = ("static", "k4v4")
-CHUNK, WARM_UP, STEPS = 2048, 6, 24
+CHUNK, WARM_UP, STEPS = 2044, 6, 24  # chunks of one size, 16 of which are a prompt: one graph for all
+FEW_LAYERS = 4
+ONE, LAYERS_ON_TWO, TENSOR_PARALLEL = "one", "layers on two", "tensor parallel"
 
 
 def load(way: str, folder: Path, device: str) -> PreTrainedModel:
     """The checkpoint in `folder`, placed as `way` says."""
-    if way == "tensor parallel":
+    if way == TENSOR_PARALLEL:
         placed: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=GPUS)}
-    elif way == "layers on two":
+    elif way == LAYERS_ON_TWO:
         placed = {"device_map": "balanced", "max_memory": {gpu: "1000GiB" for gpu in range(GPUS)}}
     else:
         placed = {}
@@ -107,7 +110,7 @@ def child(way: str, folder: Path, batch: int, context: int) -> None:
     shape = (batch, context + WARM_UP + STEPS)
     ids = torch.randint(3, model.config.vocab_size, shape, generator=generator).to(device)
     mode = "reduce-overhead" if device == "cuda" else "default"
-    if way == "layers on two":
+    if way == LAYERS_ON_TWO:
         # accelerate's hooks break the graph at every layer: a graph for each of them, all of one function.
         torch._dynamo.config.recompile_limit = 256
         mode = "default"
@@ -126,7 +129,7 @@ def child(way: str, folder: Path, batch: int, context: int) -> None:
 def start(way: str, folder: Path, args: argparse.Namespace) -> str | None:
     """Run `child` in processes of its own; the end of what they said if they failed."""
     command = [sys.executable]
-    if way == "tensor parallel":
+    if way == TENSOR_PARALLEL:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={GPUS}"]
     command += [__file__, "--child", way, "--folder", str(folder)]
     command += ["--batch", str(args.batch), "--context", str(args.context)]
@@ -137,10 +140,34 @@ def start(way: str, folder: Path, args: argparse.Namespace) -> str | None:
 
 def compared(folder: Path, way: str, kind: str) -> dict[str, float]:
     """How far a way's logits are from those of one GPU."""
-    expected, got = (torch.load(folder / f"{name}-{kind}.pt") for name in ("one", way))
+    expected, got = (torch.load(folder / f"{name}-{kind}.pt") for name in (ONE, way))
     far = (got - expected).abs().max() / expected.abs().max()
     same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
     return {"largest_difference_over_largest_logit": float(far), "same_token": round(float(same), 4)}
+
+
+def save(folder: Path, size: str, layers: int | None) -> None:
+    """Write the checkpoint, of its first `layers` layers if there is a number."""
+    model = build_model("llama", size, "cuda" if torch.cuda.is_available() else "cpu")
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    model.save_pretrained(folder)
+    build_model.cache_clear()
+    torch.cuda.empty_cache()
+
+
+def measure(way: str, folder: Path, args: argparse.Namespace, layers: int | None) -> list[dict[str, Any]]:
+    """The rows of one way, by cache; or why there are none."""
+    row: dict[str, Any] = {"way": way, "batch": args.batch, "tokens": args.context}
+    row |= {} if layers is None else {"layers": layers}
+    if error := start(way, folder, args):
+        return [row | {"error": error}]
+    rows = []
+    for kind, figures in json.loads((folder / f"{way}.json").read_text()).items():
+        rows.append(row | {"cache": kind} | figures | compared(folder, way, kind))
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
@@ -158,23 +185,18 @@ def main() -> None:
         child(args.child, args.folder, args.batch, args.context)
         return
     gpus = torch.cuda.device_count()
-    ways = ["one", "layers on two", "tensor parallel"] if gpus >= GPUS else ["one", "tensor parallel"]
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        build_model("llama", args.size, "cuda" if gpus else "cpu").save_pretrained(folder)
-        build_model.cache_clear()
-        torch.cuda.empty_cache()
-        for way in ways:
-            row: dict[str, Any] = {"way": way, "batch": args.batch, "tokens": args.context}
-            if error := start(way, folder, args):
-                rows.append(row | {"error": error})
-                continue
-            for kind, figures in json.loads((folder / f"{way}.json").read_text()).items():
-                rows.append(row | {"cache": kind} | figures | compared(folder, way, kind))
-                print(rows[-1], flush=True)
-            write_result("two_gpus", {"environment": environment(args.commit), "steps": rows}, args.out)
-    write_result("two_gpus", {"environment": environment(args.commit), "steps": rows}, args.out)
+    groups = [(None, (ONE, TENSOR_PARALLEL))]
+    if gpus >= GPUS:
+        groups.append((FEW_LAYERS, (ONE, LAYERS_ON_TWO)))
+    rows: list[dict[str, Any]] = []
+    for layers, ways in groups:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save(folder, args.size, layers)
+            for way in ways:
+                rows += measure(way, folder, args, layers)
+                result = {"environment": environment(args.commit), "steps": rows}
+                write_result("two_gpus", result, args.out)
 
 
 if __name__ == "__main__":

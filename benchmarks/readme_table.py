@@ -44,12 +44,13 @@ def _steps() -> list[str]:
     """Whole decode steps of a transformers model."""
     steps = _result("step")["steps"]
     lines = [
-        "| a whole decode step: transformers' Llama, 16 layers, hidden size 4096, batch 8 | ms | floor |",
+        "| a whole decode step: transformers' Llama, 16 layers, hidden size 4096 | ms | floor |",
         "|---|---|---|",
     ]
     names = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
     for row in steps:
-        what = f"{names[row['cache']]}, {row['tokens']:,} tokens in {row['max_cache_len']:,} slots"
+        what = f"batch {row['batch']}, {names[row['cache']]}, "
+        what += f"{row['tokens']:,} tokens in {row['max_cache_len']:,} slots"
         lines.append(f"| {what} | {row['median_ms']:.1f} | {row['floor_ms']:.1f} |")
     return lines
 

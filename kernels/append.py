@@ -4,6 +4,7 @@ import torch
 
 from ..beside import NOTHING, Beside
 from ..format import KVFormat
+from ..results import empty_result
 from .decode import decode
 from .decode_query import store_and_rotate
 from .decode_warp import attend_by_warps, takes
@@ -42,7 +43,7 @@ def append_and_attend(
             q, cache, seq_lens, k_rotation, v_rotation, *visible, fmt, max_len, scale, beside, softcap,
             block_table, own=(k, v) if own else None,
         )  # fmt: skip
-    out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
+    out = empty_result(q, fmt.v_head_dim)
     with torch.cuda.device_of(q):
         bounds = expand_bounds(bounds, q)
         of_exact = (fmt.v_head_dim, seq_lens, attn_mask, bounds, max_len, softcap, beside, (k, v))

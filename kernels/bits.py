@@ -30,11 +30,12 @@ def magnitude_words(bits: int) -> tuple[int, int]:
     return table & 0xFFFFFFFF, table >> 32
 
 
-def quantiser(bits: int) -> tuple[tuple[float, ...], float]:
-    """Magnitudes (none for 8 bits) and e4m3 units per standard deviation."""
+def quantiser(bits: int) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """Magnitudes (none for 8 bits), and e4m3 units of a vector's root mean square and of its peak."""
     if bits not in (2, 3, 4):
-        return (), FP8_UNIT
-    return codebook(bits).magnitudes, codebook(bits).unit
+        return (), (FP8_UNIT, 0.0)
+    book = codebook(bits)
+    return book.magnitudes, (book.per_rms, book.per_peak)
 
 
 @triton.constexpr_function
@@ -159,6 +160,13 @@ def fp8_byte(x):
     shifted = bits.to(tl.float32, bitcast=True) + 16384.0
     subnormal = shifted.to(tl.int32, bitcast=True) - (141 << 23)
     return sign | tl.where(bits < 121 << 23, subnormal, normal)
+
+
+@triton.jit
+def fp8_value(word, i: tl.constexpr):
+    """float32 of the e4m3 byte `i`, from the lowest, of int32 words; NaN's bytes are +-480."""
+    bits = word << 24 - 8 * i >> 4 & -0x78100000  # the sign, and seven bits from the fifth on
+    return bits.to(tl.float32, bitcast=True) * 2.0**120  # exponent bias 127 -> 7
 
 
 @triton.jit

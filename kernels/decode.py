@@ -28,8 +28,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import NOTHING, Beside, Chunk
 from ..format import PAGE_ALIGNMENT, KVFormat
+from ..results import empty_result
 from .bits import (
-    FP16_UNIT,
     TINY,
     early_launch,
     magnitude_words,
@@ -38,10 +38,11 @@ from .bits import (
 )
 from .decode_query import rotate, rotate_queries
 from .decode_reduce import reduce_splits
-from .decode_rows import load_query, load_rows
+from .decode_rows import load_query
+from .decode_tile import attend_tile, hide
 from .decode_warp import attend_by_warps, takes
 from .exact import Parts, exact_work
-from .pages import TOGETHER, find_tokens, table_arguments, tokens_of_page
+from .pages import table_arguments, tokens_of_page
 from .prefill import attend_to_prefix, takes_prefix
 from .scores import (
     KEY_MASK,
@@ -49,75 +50,12 @@ from .scores import (
     NO_MASK,
     expand_bounds,
     has_whole,
-    load_mask,
     mask_arguments,
-    squash,
 )
 from .unpacked import attend_unpacked
 
 CTAS_PER_SM = 8  # more than fit: the runs are shorter, and so is the last wave
 FIT_16_BIT = 3  # programs over 16-bit rows that fit on a multiprocessor: 70 KiB of shared memory
-
-
-@triton.jit
-def attend_tile(
-    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr, table_stride,
-    k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr, v_scale_ptr, scale_stride_b,
-    start, filled, dv_start, visible, bias,
-    SOFTCAP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr,
-    K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr,
-    K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
-    TWO_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """One tile of slots from `start`: the online softmax of flash attention, base 2."""
-    PACKED: tl.constexpr = K_BITS != 16
-    slots = tl.arange(0, BLOCK_N)
-    known, scale_at, page = start + slots < filled, start + slots, 0
-    if PAGE > 0:
-        wanted = start + slots // TOGETHER * TOGETHER < filled
-        page, slot = find_tokens(table_ptr, table_stride, start + slots, wanted, PAGE)
-        page = tl.max_constancy(page, TOGETHER)  # for loads of values that are as wide as a group
-        known, scale_at = known & (page >= 0), page * scale_stride_b + slot
-    scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-    for first in range(0, K_DIM, BLOCK_D):
-        if K_DIM > BLOCK_D:
-            q = load_query(q_ptr, q_stride_d, valid, first, inv_peak, OPERAND, K_DIM, BLOCK_D)
-        k = load_rows(
-            k_ptr, k_stride_b, k_stride_n, slots, start, filled, page, first, K_BITS, K_LO, K_HI, OPERAND,
-            K_DIM, 1, PAGE, BLOCK_D,
-        )  # [BLOCK_N, BLOCK_D] # fmt: skip
-        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
-    if PACKED:
-        k_scale = tl.load(k_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
-        scores *= (k_scale * FP16_UNIT)[None, :]
-    scores *= q_scale[:, None]
-    if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
-        scores = squash(scores + mean_score[:, None], SOFTCAP)
-    if PAGE > 0:  # a token without a page was dropped: a query that sees it gives NaN
-        scores = tl.where((page < 0)[None, :], float("nan"), scores)
-    scores = tl.where(visible, scores + bias, float("-inf"))
-
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - origin[:, None])  # [BLOCK_M, BLOCK_N]
-    decay = tl.exp2(peak - origin)
-    total = total * decay + tl.sum(weights, axis=1)
-    acc = acc * decay[:, None]
-    v = load_rows(
-        v_ptr, v_stride_b, v_stride_n, slots, start, filled, page, dv_start, V_BITS, V_LO, V_HI, OPERAND,
-        V_DIM, GROUP, PAGE, BLOCK_DV,
-    )  # [BLOCK_N, BLOCK_DV] # fmt: skip
-    if PACKED:
-        v_scale = tl.load(v_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
-        largest = tl.maximum(tl.max(v_scale, axis=0), TINY)
-        weights *= (v_scale / largest)[None, :]
-        acc += tl.dot(weights.to(OPERAND), v, input_precision="ieee") * (largest * FP16_UNIT)
-    else:
-        rounded = weights.to(OPERAND)
-        acc = tl.dot(rounded, v, acc, input_precision="ieee")
-        if TWO_WEIGHTS:
-            acc = tl.dot((weights - rounded.to(tl.float32)).to(OPERAND), v, acc)
-    return acc, total, new_peak
 
 
 @triton.jit
@@ -132,7 +70,7 @@ def decode_split_kernel(
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr,
     MASK: tl.constexpr, HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
-    TWO_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, DIRECT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -145,7 +83,8 @@ def decode_split_kernel(
     batch = tl.program_id(2).to(tl.int64)
 
     rows = q_len * HEADS  # query rows of this KV head: token-major, its heads fastest
-    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    ROWS: tl.constexpr = BLOCK_M // COPIES
+    row = row_block * ROWS + tl.arange(0, BLOCK_M) % ROWS
     valid = row < rows
     token = row // HEADS
     head = kv_head * HEADS + row % HEADS
@@ -158,9 +97,6 @@ def decode_split_kernel(
     high = low + max_len
     if HAS_BOUNDS:
         bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
-        if HAS_WHOLE:  # the mask lets all of these through
-            whole_low = tl.load(bounds_ptr + 2, mask=valid, other=0)
-            whole_high = tl.load(bounds_ptr + 3, mask=valid, other=0)
         low = tl.maximum(tl.load(bounds_ptr, mask=valid, other=0), 0)
         high = tl.minimum(tl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
     elif HAS_LENS and MASK == NO_MASK:  # the queries are the last tokens
@@ -178,22 +114,31 @@ def decode_split_kernel(
     run = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
     first_slot = begin + split * run
     end = tl.minimum(first_slot + run, end)
+    # Slots that all rows see, where nothing need be hidden.
+    whole_from = tl.max(tl.where(valid, low, 0), axis=0)
+    whole_to = tl.min(tl.where(valid, high, max_len), axis=0)
+    if HAS_WHOLE:  # the mask lets all of these through
+        whole_from = tl.maximum(whole_from, tl.max(tl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
+        whole_to = tl.minimum(whole_to, tl.min(tl.load(bounds_ptr + 3, mask=valid, other=max_len), axis=0))
 
     # Partials are [batch, KV head, row, split]; the first block of value dimensions writes the log. With
-    # DIRECT there is one split, and it is the result [batch, head, token].
-    part = ((batch * tl.num_programs(1) + kv_head) * rows + row) * splits + split
+    # DIRECT there is one split, and it is the result [batch, token, head].
+    own_row = row_block * ROWS + tl.arange(0, ROWS)
+    part = ((batch * tl.num_programs(1) + kv_head) * rows + own_row) * splits + split
     if DIRECT:
-        part = (batch * tl.num_programs(1) * HEADS + head) * q_len + token
+        part = (batch * q_len + own_row // HEADS) * tl.num_programs(1) + kv_head
+        part = part * HEADS + own_row % HEADS
     dims = dv_start + tl.arange(0, BLOCK_DV)
-    written = valid[:, None] & (dims < V_DIM)[None, :]
+    written = (own_row < rows)[:, None] & (dims < V_DIM)[None, :]
     partial_ptrs = partial_ptr + part[:, None] * V_DIM + dims[None, :]
-    writes_log = valid & (dv_start == row * 0)  # one shape: Triton 3.9's interpreter wants it so
+    # One shape: Triton 3.9's interpreter wants it so.
+    writes_log = (own_row < rows) & (dv_start == own_row * 0)
     if first_slot >= end:
         if DIRECT:
-            zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            zeros = tl.zeros([ROWS, BLOCK_DV], tl.float32)
             tl.store(partial_ptrs, zeros.to(partial_ptr.dtype.element_ty), mask=written)
         else:
-            tl.store(log_ptr + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=writes_log)
+            tl.store(log_ptr + part, tl.full([ROWS], float("-inf"), tl.float32), mask=writes_log)
         return
 
     q_ptr += batch * q_stride_b + head * q_stride_h + token.to(tl.int64) * q_stride_t
@@ -228,46 +173,50 @@ def decode_split_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(first_slot, end, BLOCK_N):
-        slots = start + tl.arange(0, BLOCK_N)
-        visible = (slots[None, :] >= low[:, None]) & (slots[None, :] < high[:, None])
-        if MASK == NO_MASK:
+        needed = True
+        if MASK != NO_MASK and not HAS_BOUNDS:  # a tile that no row sees is not read
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            shown = hide(
+                zeros, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len,
+                HAS_WHOLE, MASK,
+            )  # fmt: skip
+            needed = tl.max(tl.max(shown, axis=1), axis=0) > float("-inf")
+        if needed:
             acc, total, peak = attend_tile(
                 acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
                 table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr,
-                v_scale_ptr, scale_stride_b, start, filled, dv_start, visible, 0.0, SOFTCAP, K_BITS, V_BITS,
-                K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, TWO_WEIGHTS, BLOCK_N, BLOCK_D,
-                BLOCK_DV,
+                v_scale_ptr, scale_stride_b, start, filled, dv_start, low, high, whole_from, whole_to,
+                mask_ptr, mask_stride_n, max_len, HAS_WHOLE, MASK, SOFTCAP, K_BITS, V_BITS, K_LO, K_HI,
+                V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, COPIES, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-        else:
-            if MASK == KEY_MASK:
-                ptrs = mask_ptr + slots.to(tl.int64) * mask_stride_n
-                let_through, bias = load_mask(ptrs, slots < max_len, MASK)  # [BLOCK_N]
-                visible = visible & let_through[None, :]
-            else:
-                ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
-                needed = valid[:, None] & (slots < max_len)[None, :]
-                if HAS_WHOLE:
-                    whole = (slots[None, :] >= whole_low[:, None]) & (slots[None, :] < whole_high[:, None])
-                    let_through, bias = load_mask(ptrs, needed & ~whole, MASK)
-                    visible = visible & (let_through | whole)
-                else:
-                    let_through, bias = load_mask(ptrs, needed, MASK)
-                    visible = visible & let_through
-            if HAS_BOUNDS or tl.max(tl.max(visible.to(tl.int32), axis=1), axis=0) > 0:
-                acc, total, peak = attend_tile(
-                    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
-                    table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
-                    k_scale_ptr, v_scale_ptr, scale_stride_b, start, filled, dv_start, visible, bias,
-                    SOFTCAP, K_BITS, V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE,
-                    TWO_WEIGHTS, BLOCK_N, BLOCK_D, BLOCK_DV,
-                )  # fmt: skip
 
     if PDL:
         gdc_launch_dependents()
+    if COPIES == 2:
+        acc = tl.sum(tl.reshape(acc, [COPIES, ROWS, BLOCK_DV]), axis=0)
+        total = tl.max(tl.reshape(total, [COPIES, ROWS]), axis=0)
+        peak = tl.max(tl.reshape(peak, [COPIES, ROWS]), axis=0)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(partial_ptrs, out.to(partial_ptr.dtype.element_ty), mask=written)
     if not DIRECT:
         tl.store(log_ptr + part, peak + tl.log2(total), mask=writes_log)
+
+
+def tile_sizes(rows: int, dim: int, dv: int, operand: tl.dtype) -> tuple[int, int, int, int, int]:
+    """`(COPIES, BLOCK_M, BLOCK_N, num_warps, num_stages)` for these query rows and dims of keys and values.
+
+    bf16 weights alone cost as much accuracy as the rounding of a bf16 result. Where there are so few rows
+    that K and V are what takes the time, each row is there twice: for its weights, and for what is left.
+    """
+    if operand == tl.float32:  # its dots run on plain multiply-adds: small tiles
+        return 1, 16, 16, 4, 3
+    copies = 2 if operand == tl.bfloat16 and rows <= 32 else 1
+    block_m = min(64, max(16, copies * triton.next_power_of_2(rows)))
+    block_dv = min(256, triton.next_power_of_2(dv))
+    num_warps = 4 if block_m * block_dv <= 8192 else 8  # accumulators fit the registers
+    wide = max(dim, dv) > 128
+    stages = 2 if torch.version.hip or (wide and block_m == 64) else 3  # that fit shared memory everywhere
+    return copies, block_m, 32 if wide else 64, num_warps, stages
 
 
 @functools.cache
@@ -299,7 +248,7 @@ def decode(
 
     The arguments are those of `reference.decode`.
     """
-    out = q.new_empty((*q.shape[:-1], fmt.v_head_dim))
+    out = empty_result(q, fmt.v_head_dim)
     if out.numel() == 0:
         return out
     bounds = expand_bounds(bounds, q)
@@ -356,7 +305,7 @@ def attend(
 
     The arguments are those of `reference.attend`.
     """
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = empty_result(q, v.shape[-1])
     bounds = expand_bounds(bounds, q)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
@@ -390,15 +339,14 @@ def _launch(
         operand = tl.float32 if out.dtype == torch.float32 else tl.float16
     else:
         operand = operand_dtype(q.dtype, k.dtype, v.dtype)
-    wide = operand == tl.float32  # float32 dots run on plain multiply-adds: small tiles
-    block_m = 16 if wide else min(64, max(16, triton.next_power_of_2(rows)))
-    block_n = 16 if wide else 64 if max(dim, dv) <= 128 else 32
+    copies, block_m, block_n, num_warps, num_stages = tile_sizes(rows, dim, dv, operand)
+    wide = operand == tl.float32
     # Up to 256 dimensions of a key at once, larger ones in pieces; values in blocks of the grid.
     largest = 64 if wide else 256
     block_d = max(16, triton.next_power_of_2(dim))
     block_d = block_d if block_d <= largest else largest // 2
     block_dv = min(largest, max(16, triton.next_power_of_2(dv)))
-    programs = triton.cdiv(rows, block_m) * triton.cdiv(dv, block_dv)
+    programs = triton.cdiv(rows, block_m // copies) * triton.cdiv(dv, block_dv)
     groups, tiles = programs * kv_heads * batch, triton.cdiv(max_len, block_n)
     if scales:
         splits = max(1, min(tiles, CTAS_PER_SM * sm_count(q.device) // groups))
@@ -421,6 +369,8 @@ def _launch(
     from_stride = 0 if exact_from is None else exact_from.expand(batch).stride(0)
     table = table_arguments(block_table, q)
     bounds_strides = (0, 0) if bounds is None else bounds.stride()[:2]
+    if mask_kind != NO_MASK.value and not scales and not has_whole(bounds, mask_kind):
+        num_stages = 2  # of the mask too
     decode_split_kernel[(programs * splits, kv_heads, batch)](
         q, q if mean_scores is None else mean_scores, k, v, k_scales, v_scales,
         q if seq_lens is None else seq_lens,
@@ -433,13 +383,8 @@ def _launch(
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
         HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, PAGE=page,
-        # bf16 weights would cost as much as a bf16 result: where keys and values are what takes the time,
-        # what rounding leaves of them is a second product.
-        TWO_WEIGHTS=operand == tl.bfloat16 and rows <= block_m,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
-        num_warps=4 if block_m * block_dv <= 8192 else 8,  # accumulators fit the registers
-        num_stages=3 if attn_mask is None or scales else 2,  # of the mask too: 64 KiB
-        **early_launch(q.device),
+        COPIES=copies, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
+        num_warps=num_warps, num_stages=num_stages, **early_launch(q.device),
     )  # fmt: skip
     if direct:
         return

@@ -49,7 +49,7 @@ def rotate_kernel(
     mask = (row < rows)[:, None] & (columns < DIM)[None, :]
     tl.store(out_ptr + row[:, None] * DIM + columns[None, :], out, mask=mask)
     if HAS_MEAN:
-        mask = (row < rows) & (tl.program_id(1) == 0)
+        mask = (row < rows) & (tl.program_id(1) == row * 0)  # one shape, as in `decode`
         tl.store(mean_score_ptr + row, score * (scale * LOG2_E), mask=mask)
 
 

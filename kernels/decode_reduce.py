@@ -135,7 +135,7 @@ def decode_reduce_kernel(
     out = out * share + missing
     extra *= share
 
-    out_ptr += (batch_head * q_len + token) * V_DIM
+    out_ptr += ((batch * q_len + token) * heads + head) * V_DIM
     if ROTATION == HADAMARD:  # the rotation is its first column times the Hadamard matrix
         rotated = tl.reshape(hadamard(out[None, :]), [BLOCK_D]) * first_column + extra
         tl.store(out_ptr + dims, rotated.to(out_ptr.dtype.element_ty))
@@ -184,9 +184,10 @@ def reduce_splits(
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`, and `lse` `[B, H, q]` if given, from partials `[B, Hkv, row, split, Dv]`.
 
-    Rows are token-major. The partials are rotated if there is a rotation, or `transformed`: of the rotation
-    the signs are left; `parts` are not. `k_mean`: what scores of partials lack. `q` `[B, H, q, D]` as it
-    came, not rotated; `bounds` has a row for each row of the batch.
+    `out` lies as an `empty_result` does. Rows are token-major. The partials are rotated if there is a
+    rotation, or `transformed`: of the rotation the signs are left; `parts` are not. `k_mean`: what scores
+    of partials lack. `q` `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the
+    batch.
     """
     batch, heads, q_len, dv = out.shape
     dim, splits, pieces = q.shape[3], partial.shape[3], 0 if parts is None else parts.logs.shape[3]
@@ -196,8 +197,8 @@ def reduce_splits(
     rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 32 else MATRIX
     padded = triton.next_power_of_2(splits)
     num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
-    if rotation == HADAMARD:  # a value a thread: more would exchange the same values twice
-        num_warps = min(num_warps, block_d // 32)
+    if rotation == HADAMARD:  # a value of each half a thread: more would exchange the same values twice
+        num_warps = min(num_warps, max(1, block_d // 64))
     if transformed:
         rotation = SIGNS
     if rotation in (NONE, SIGNS):

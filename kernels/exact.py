@@ -112,7 +112,8 @@ def attend_to_exact(
             held &= load_mask(mask_ptrs, held, MASK)[0]
 
         # Tokens are the first dimension: of a product of tensor cores it has 16, the second 8.
-        scores = squash(tl.dot(k, tl.trans(q)) * (scale * LOG2_E), SOFTCAP)  # [TOKENS, ROWS]
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        scores = squash(scores * (scale * LOG2_E), SOFTCAP)  # [TOKENS, ROWS]
         visible = held[:, None] & (position[:, None] >= low[None, :]) & (position[:, None] < high[None, :])
         scores = tl.where(visible, scores, float("-inf"))
         peak = tl.max(scores, axis=0)
@@ -121,7 +122,8 @@ def attend_to_exact(
         # What rounding leaves of the weights is a second product.
         rounded = weights.to(v.dtype)
         left = (weights - rounded.to(tl.float32)).to(v.dtype)
-        out = tl.dot(tl.trans(v), left, tl.dot(tl.trans(v), rounded))
+        out = tl.dot(tl.trans(v), rounded, input_precision="ieee")
+        out = tl.dot(tl.trans(v), left, out, input_precision="ieee")
         out *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
         part = (kv_row * rows + row) * PIECES + piece
         tl.store(part_ptr + part[None, :] * V_DIM + v_dims[:, None], out, mask=valid[None, :])

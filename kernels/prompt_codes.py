@@ -5,6 +5,8 @@ rounded: one multiply-add a midpoint, the last of which rounds since it adds to 
 is 1. The same sum puts the codes before it four bits further, so that packing is one multiply-add a code.
 Sums for the scale are exact integers: centroids are multiples of 1/64 below 4, a byte each, looked up by
 the packed codes, and coordinates are multiples of a small fraction of one in e4m3 units, in 16 bits.
+
+Codes of 8 bits are what an instruction makes of coordinates; `store_prompt` sums them in float32.
 """
 
 import functools
@@ -48,12 +50,13 @@ def code_polynomial(bits: int) -> tuple[float, float, tuple[float, ...]]:
 
 
 def code_steps(bits: int, dim: int) -> tuple[float, float]:
-    """Steps of 1 in e4m3 units that `encode_asm` counts coordinates and centroids in.
+    """Steps of 1 in e4m3 units that `encode_asm` counts coordinates and centroids in; 1 for 8 bits.
 
     The first is a power of two with which the largest coordinate fits 15 bits.
     """
-    largest = codebook(bits).unit * dim**0.5
-    return 2.0 ** math.floor(math.log2(32767 / largest)), CENTROID_STEPS
+    if bits == 8:
+        return 1.0, 1.0
+    return 2.0 ** math.floor(math.log2(32767 / codebook(bits).largest(dim))), CENTROID_STEPS
 
 
 def literal(value: float) -> str:
@@ -69,25 +72,25 @@ def table_words(bits: int) -> tuple[int, int]:
 
 
 @triton.constexpr_function
-def words_of_call(bits: int) -> int:
-    """Words that `encode_asm` gives for 64 or 128 dims: of 3 bits magnitudes and signs."""
-    return 2 if bits == 3 else 1
+def words_of_call(bits: int, dim: int) -> int:
+    """Words of codes of 64 or 128 dims that a lane has: of 3 bits magnitudes and signs."""
+    return dim // 64 if bits == 8 else 2 if bits == 3 else 1
 
 
 @triton.constexpr_function
-def first_byte(dim: int, word: int) -> int:
-    """Where the bytes of a word of `encode_asm` begin in a row; those of 3 bits' signs have their plane."""
-    return 0 if word == 0 else dim // 4
+def first_byte(bits: int, dim: int, word: int) -> int:
+    """Where the bytes of these words begin in a row; those of 3 bits' signs have their plane."""
+    return 64 * word if bits == 8 else dim // 4 * word
 
 
 @triton.constexpr_function
-def lanes_apart(word: int) -> int:
+def lanes_apart(bits: int, word: int) -> int:
     """Of how many of the 8 lanes with other dims the bytes of this word differ: of 3 bits' signs of 4."""
-    return 4 if word == 1 else 8
+    return 4 if bits == 3 and word == 1 else 8
 
 
 def field_order(bits: int, dim: int) -> list[int]:
-    """Which of `encode_asm`'s inputs is each code of a word, from the lowest bits; of 3 bits as of 2."""
+    """Which of `encode_asm`'s inputs is each code of its words, from the lowest bits; of 3 bits as of 2."""
     chunks, codes = dim // 32, 4 if bits == 3 else 8 // bits
     apart = chunks // codes  # chunks between the codes of a byte
     return [2 * (code * apart + byte // 2) + byte % 2 for byte in range(2 * apart) for code in range(codes)]
@@ -100,9 +103,11 @@ def encode_asm(bits: int, dim: int) -> str:
     Operands: `words_of_call` words of codes in the order of `field_order` (of 3 bits: of two bits for each
     magnitude; of a bit for each sign, of the same dims and those of the lane 16 further), two sums (of
     coordinate times centroid, of squares of centroids), `dim / 16` coordinates, what takes them to steps.
-    The sums are integers in steps. NaN gets code 0.
+    The sums are integers in steps. NaN gets code 0. Nothing for 8 bits.
     """
-    count, words = dim // 16, words_of_call(bits)
+    if bits == 8:
+        return ""
+    count, words = dim // 16, words_of_call(bits, dim)
     inputs = [f"${words + 2 + i}" for i in range(count)]
     order, factor = field_order(bits, dim), f"${words + 2 + count}"
     field = 2 if bits == 3 else bits

@@ -115,7 +115,10 @@ def store_vectors(
             y = tl.dot(chunk, rotation, y, input_precision="ieee")
 
     rms = tl.maximum(tl.sqrt_rn(tl.sum(y * y, axis=1) / DIM), TINY)
-    codes, centroids = encode(y, tl.div_rn(UNIT, rms)[:, None], BITS, MAGNITUDES)
+    to_grid = tl.div_rn(UNIT[0], rms)
+    if UNIT[1] > 0:
+        to_grid += tl.div_rn(UNIT[1], tl.maximum(tl.max(tl.abs(y), axis=1), TINY))
+    codes, centroids = encode(y, to_grid[:, None], BITS, MAGNITUDES)
     codes = tl.where((place < EIGHTH)[None, :], codes, 0)
     centroids = tl.where((place < EIGHTH)[None, :], centroids, 0.0)
     square = tl.maximum(tl.sum(centroids * centroids, axis=1), TINY)

@@ -1,7 +1,7 @@
 """`store` for a prompt: the transform on the tensor cores, everything else in registers.
 
-For NVIDIA GPUs from sm_89 on, 16-bit keys and values and codes of up to 4 bits; `store` has the kernel for
-all others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
+For NVIDIA GPUs that convert fp8 (sm_89 on) and 16-bit keys and values; `store` has the kernel for all
+others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
 keys or values, each group aligned as value rows are interleaved.
 
 The Hadamard matrix of D is one of 16, over bits 0, 2, 3, 4 of a dim, for the tensor cores, and one of
@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..beside import Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import TINY, early_launch, sm_count
+from .bits import TINY, early_launch, fp8_value, sm_count
 from .prompt_codes import code_steps, encode_asm, first_byte, lanes_apart, words_of_call
 from .slots import locate_exact, locate_page
 
@@ -33,6 +33,10 @@ WARPS, REGISTERS = 12, 168  # on a multiprocessor, as many for each of its sched
 MOST_GROUPS = 32  # of a program: its start costs a third of a group
 LEAST_TOKENS = 64  # of a row: fewer are sooner done by `store`
 SMALL, LARGE = gl.constexpr(2.0**-80), gl.constexpr(2.0**80)  # squares between these are exact enough
+FOUR_CODES = gl.constexpr(
+    "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
+    " mov.b32 $0, {l, h}; }"
+)
 WAIT = gl.constexpr("griddepcontrol.wait; // $0")
 SIDE_BY_SIDE = gl.constexpr("prmt.b32 $0, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362;")
 TRANSPOSE = gl.constexpr(
@@ -44,7 +48,7 @@ TRANSPOSE = gl.constexpr(
 
 @gluon.constexpr_function
 def encode_constraints(dim: int, bits: int) -> str:
-    return "=r," * words_of_call(bits) + "=r,=r" + ",f" * (dim // 16 + 1)
+    return "=r," * words_of_call(bits, dim) + "=r,=r" + ",f" * (dim // 16 + 1)
 
 
 @gluon.constexpr_function
@@ -119,15 +123,20 @@ def sum_of_squares(y, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def largest_of(y, COUNT: gl.constexpr):
+    largest = gl.abs(y[0])
+    for i in gl.static_range(1, COUNT):
+        largest = gl.maximum(largest, gl.abs(y[i]))
+    return gl.max(largest, axis=0)
+
+
+@gluon.jit
 def to_ordinary(y, COUNT: gl.constexpr):
     """Vectors over a power of two, with squares between SMALL and LARGE; their squares, and that power.
 
     Of a vector with NaN or infinity 0, and NaN for the power.
     """
-    peak = gl.max(gl.abs(y[0]), axis=0)
-    for i in gl.static_range(1, COUNT):
-        peak = gl.maximum(peak, gl.max(gl.abs(y[i]), axis=0))
-    squares = sum_of_squares(y, COUNT)
+    squares, peak = sum_of_squares(y, COUNT), largest_of(y, COUNT)
     broken = (squares != squares) | (peak == float("inf"))  # a maximum may drop NaN
     exponent = gl.minimum(gl.maximum(peak.to(int32, bitcast=True) >> 23, 1), 253)
     unit = gl.where(broken, float("nan"), (exponent << 23).to(float32, bitcast=True))
@@ -139,15 +148,38 @@ def to_ordinary(y, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def encode_fp8(y, factor, COUNT: gl.constexpr):
+    """Words of four e4m3 codes, and sums of coordinate times code and of squares of codes, in float32.
+
+    Coordinates are times `factor`, and below 448 as no vector is longer. The sums take codes by
+    `fp8_value`: of an earlier version, which converted them by an instruction, they were wrong on an H200.
+    """
+    words, fit, square = (), 0.0 * factor, 0.0 * factor
+    for w in gl.static_range(COUNT // 4):
+        x = (y[4 * w] * factor, y[4 * w + 1] * factor, y[4 * w + 2] * factor, y[4 * w + 3] * factor)
+        word = gl.inline_asm_elementwise(FOUR_CODES, "=r,f,f,f,f", x, int32, True, 1)
+        for i in gl.static_range(4):
+            code = fp8_value(word, i)
+            fit += x[i] * code
+            square += code * code
+        words += (word,)
+    words += (fit, square)
+    return words
+
+
+@gluon.jit
 def encode(y, factor, BITS: gl.constexpr, DIM: gl.constexpr, ASM: gl.constexpr):
-    """Words of codes and two sums of `encode_asm`, each [16, columns]."""
+    """Words of codes and two sums of `encode_asm` or `encode_fp8`, each [16, columns]."""
     CONSTRAINTS: gl.constexpr = encode_constraints(DIM, BITS)
-    y += (factor,)
     # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
-    if BITS == 3:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32, int32), True, 1)
+    if BITS == 8:
+        out = encode_fp8(y, factor, DIM // 16)
     else:
-        out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
+        y += (factor,)
+        if BITS == 3:
+            out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32, int32), True, 1)
+        else:
+            out = gl.inline_asm_elementwise(ASM, CONSTRAINTS, y, (int32, int32, int32), True, 1)
     return out
 
 
@@ -268,13 +300,16 @@ def store_side(
             y, squares, unit = to_ordinary(y, COUNT)
 
         root = gl.rsqrt(squares)
-        out = encode(y, (root * (UNIT * STEPS[0] * DIM**0.5))[None, :], BITS, DIM, ASM)
-        WORDS: gl.constexpr = words_of_call(BITS)
+        to_steps = root * (UNIT[0] * STEPS[0] * DIM**0.5)
+        if UNIT[1] > 0:
+            over = gl.rsqrt(gl.maximum(largest_of(y, COUNT), SMALL))
+            to_steps += over * over * (UNIT[1] * STEPS[0])
+        out = encode(y, to_steps[None, :], BITS, DIM, ASM)
+        WORDS: gl.constexpr = words_of_call(BITS, DIM)
         numerator = gl.sum(out[WORDS], axis=0).to(float32)
-        over = gl.rsqrt(gl.maximum(gl.sum(out[WORDS + 1], axis=0).to(float32), TINY))
-        length = squares * root * unit
-        scale = length * (numerator * over * over * (STEPS[1] / (UNIT * STEPS[0])))
-        scale = gl.where(length * DIM**0.5 < TINY, 0.0, scale)
+        over = gl.rsqrt(gl.sum(out[WORDS + 1], axis=0).to(float32) * to_steps)
+        scale = unit * (numerator * over * over * (STEPS[1] * DIM**0.5))
+        scale = gl.where(squares * root * unit * DIM**0.5 < TINY, 0.0, scale)
 
         here = at + token_of(gl.arange(0, TOKENS, layout=COLUMNS))
         space = locate_page(start + here, batch, head, cache_stride_b, cache_stride_h, page_size)[1]
@@ -285,11 +320,11 @@ def store_side(
         for w in gl.static_range(WORDS):
             row_ptr = page_ptr + position * ROW
             if INTERLEAVED:
-                group_ptr = row_ptr + (rows_offset + first_byte(DIM, w) * TOKENS)
-                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64, lanes_apart(w))
+                group_ptr = row_ptr + (rows_offset + first_byte(BITS, DIM, w) * TOKENS)
+                write_value_words(group_ptr, out[w], valid, whole, ROW >= 64, lanes_apart(BITS, w))
             else:
-                row_ptr += first_byte(DIM, w)
-                write_key_words(row_ptr, out[w], valid, ROW, ROW >= 64, lanes_apart(w))
+                row_ptr += first_byte(BITS, DIM, w)
+                write_key_words(row_ptr, out[w], valid, ROW, ROW >= 64, lanes_apart(BITS, w))
 
 
 @gluon.jit
@@ -340,7 +375,7 @@ def takes(
     return (
         k.shape[2] >= LEAST_TOKENS
         and block_table is None
-        and all((x.shape[-1] == 128 and bits < 8) or (x.shape[-1], bits) == (64, 4) for x, bits in sides)
+        and all(x.shape[-1] == 128 or (x.shape[-1] == 64 and bits in (4, 8)) for x, bits in sides)
         and k.dtype == v.dtype
         and k.dtype in (torch.bfloat16, torch.float16)
         and (beside.k_mean is None or beside.k_mean.dtype == k.dtype)

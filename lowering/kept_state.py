@@ -3,12 +3,16 @@
 What a CUDA graph returns lives in its memory pool, and is overwritten by the next run: a graph that returns
 keys (of a cache that grows, or that it made) must not become one. A prefill graph that writes to a cache
 need not: it runs once per prompt. An encoder leaves nothing.
+
+A step may become one if what it writes stays where it is. Caches say so of their buffers, but cannot while
+Dynamo traces them, and so not of those that they make in a compiled prefill.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._dynamo.source import AttrSource
 
 from .find_calls import find_calls, value_of
 from .kv_source import OPS, calls_op
@@ -28,6 +32,20 @@ def keeps_keys(gm: fx.GraphModule) -> bool:
 def returns_keys(gm: fx.GraphModule) -> bool:
     """Whether any graph of `gm` returns keys or values that are not in the memory of its inputs."""
     return any(_returns_keys(graph) for graph in _graphs(gm))
+
+
+def keep_in_place(gm: fx.GraphModule) -> None:
+    """Tell CUDA graphs that what the graph writes, if it is an attribute of an object, stays in its place.
+
+    As `torch._dynamo.mark_static_address` with `guard=False` does: should another object come, with other
+    memory, the CUDA graph is recorded again. A tensor that is itself an argument may be another each time.
+    """
+    memory: set[int] = set()
+    for node in gm.graph.nodes:
+        memory |= storages(*written(node))
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if storages(node) & memory and isinstance(getattr(node, "_dynamo_source", None), AttrSource):
+            node.meta.setdefault("tensor_dict", {}).setdefault("_dynamo_static_input_type", "unguarded")
 
 
 def _graphs(gm: fx.GraphModule) -> list[fx.Graph]:

@@ -64,12 +64,24 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
         expr = value.node.expr
         return int(expr.xreplace({symbol: args[symbols[symbol]] for symbol in expr.free_symbols}))
 
+    def sizes(append: _Append, args: tuple[Any, ...]) -> tuple[int, int]:
+        """New tokens, and how many fit."""
+        counts, limits = (
+            [size(value, args) for value in values] for values in (append.new_tokens, append.limits)
+        )
+        return sum(counts), min(limits)
+
+    # A decode step waits for this once for each layer, and its sizes are numbers.
+    known = {
+        i: sizes(append, ())
+        for i, append in appends.items()
+        if all(isinstance(value, int) for value in append.new_tokens + append.limits)
+    }
+
     def check(args: tuple[Any, ...]) -> Callable[[], None]:
         lengths = {}
         for i, append in appends.items():
-            room = min(size(limit, args) for limit in append.limits)
-            new_tokens = sum(size(count, args) for count in append.new_tokens)
-            lengths[i] = check_room(args[i], new_tokens, room)
+            lengths[i] = check_room(args[i], *(known[i] if i in known else sizes(append, args)))
 
         def note() -> None:
             for i, length in lengths.items():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .find_calls import SPELLED_OTHERWISE, value_of
 from .graph_writer import GraphWriter
 from .left_alone import LeftAloneError
-from .operations import same_sizes
+from .operations import same_layout
 
 BROADCASTING = (torch.add, torch.mul, torch.where, torch.logical_and)
 
@@ -66,8 +66,11 @@ def _is_one(size: int | torch.SymInt) -> bool:
 
 def in_layout_of(old: fx.Node, result: fx.Node, new: NewNodes) -> fx.Node:
     """`result`, made contiguous unless it has the strides of `old`, whose `view`s must stay possible."""
-    strides = value_of(old).stride(), value_of(result).stride()
-    fits = same_sizes(*strides) or value_of(result).is_contiguous() or _only_copied(old)
+    fits = (
+        same_layout(value_of(old), value_of(result))
+        or value_of(result).is_contiguous()
+        or _only_copied(old)
+    )
     return result if fits else new("contiguous", result)
 
 

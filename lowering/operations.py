@@ -70,6 +70,12 @@ def same_sizes(first: Any, second: Any) -> bool:
     )
 
 
+def same_layout(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are known to lie alike; adds no guard."""
+    steps = zip(first.shape, first.stride(), second.stride(), strict=True)
+    return all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in steps)
+
+
 def known_number(x: Any) -> float | None:
     """The value of a number, or of a tensor that the graph makes from one number, if known here."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):

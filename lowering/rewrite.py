@@ -28,7 +28,7 @@ from .find_calls import SDPANode, find_calls, value_of
 from .graph_writer import GraphWriter
 from .kv_source import OPS, PackedSource, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
-from .operations import same_sizes
+from .operations import same_layout
 from .ragged_padding import RaggedPadding
 from .read_mask import MaskReader
 from .repeated_heads import strip_repeated_heads
@@ -214,7 +214,7 @@ class _Rewriter:
 
 def _in_layout_of(expected: torch.Tensor, result: fx.Node, write: GraphWriter) -> fx.Node:
     """`result` in the layout that SDPA gave: Dynamo may have traced `view`s of it."""
-    if same_sizes(value_of(result).stride(), expected.stride()):
+    if same_layout(value_of(result), expected):
         return result
     if expected.is_contiguous():
         return write.call("contiguous", result)

@@ -106,6 +106,8 @@ def read_scores(node: fx.Node) -> Scores | None:
         if sink is not None and sinks is None:
             node, sinks = sink
         elif shifted is not None:
+            if any(isinstance(step, Squash) for step in steps):
+                raise LeftAloneError("scores become the tanh of what they are less their maximum")
             nodes += shifted[1:]
             node = shifted[0]
         else:
@@ -204,7 +206,7 @@ def _unexpanded(mask: Any) -> Any:
 
 
 def _less_maximum(node: fx.Node) -> list[fx.Node] | None:
-    """`[x, the nodes of its maximum]` for `x - x.max(dim=-1, keepdim=True)`: no change to a softmax."""
+    """`[x, the nodes of its maximum]` for `x - x.max(dim=-1, keepdim=True)`: a softmax ignores it."""
     if operation(node) != "sub" or len(node.args) != 2:
         return None
     x, maximum = node.args

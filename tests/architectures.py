@@ -14,34 +14,36 @@ from transformers import AutoConfig, PreTrainedModel
 
 BATCH, LENGTH, VOCABULARY = 2, 12, 99
 PADDED = 5  # positions of the first row
-# Two layers of four heads; a config takes what it knows and keeps the rest as attributes.
+# A layer of four heads; a config takes what it knows and keeps the rest as attributes. There are two where
+# layers differ or share something, where the second was rewritten otherwise, and in one model of each kind.
 SIZES = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 256,
 }  # fmt: skip
 MULTI_HEAD = SIZES | {"num_key_value_heads": 4}
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+TWO = {"num_hidden_layers": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOW = {**TWO, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA4 = {
     "num_hidden_layers": 4, "layer_types": 2 * WINDOW["layer_types"], "sliding_window": 8,
     "num_kv_shared_layers": 2, "global_head_dim": 32,
     "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
+    **TWO, "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
+TWO_EACH = {"encoder_layers": 2, "decoder_layers": 2, "num_layers": 2, "num_decoder_layers": 2}
 SEQ2SEQ = {
-    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+    "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "num_decoder_layers": 1,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 256,
     "decoder_start_token_id": 2, "forced_eos_token_id": None, "forced_bos_token_id": None,
 }  # fmt: skip
 T5 = {
-    "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
-    "decoder_start_token_id": 0,
+    "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "decoder_start_token_id": 0,
 }  # fmt: skip
 PATCHES = {"image_size": 16, "patch_size": 8}
 WAVES = {
@@ -54,7 +56,7 @@ MLA = {
 }  # fmt: skip
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1,
-    "mamba_chunk_size": 8, "layer_types": ["mamba", "attention"],
+    "mamba_chunk_size": 8, **TWO, "layer_types": ["mamba", "attention"],
 }  # fmt: skip
 WHISPER = {
     **SEQ2SEQ, **TOKENS, "num_mel_bins": 8, "max_source_positions": LENGTH, "max_target_positions": 64,
@@ -160,7 +162,7 @@ def _two_towers(name: str) -> Architecture:
 ARCHITECTURES = {
     a.name: a
     for a in (
-        _decoder("llama"),
+        _decoder("llama", **TWO),
         _decoder("qwen2"),
         _decoder("qwen3"),
         _decoder("mistral", sliding_window=8),
@@ -171,13 +173,13 @@ ARCHITECTURES = {
         _decoder("gemma4_text", "decoder, layers share keys", **GEMMA4),
         _decoder("phi"),
         _decoder("phi3"),
-        _decoder("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=256),
-        _decoder("gptj", n_embd=64, n_layer=2, n_head=4, n_positions=256, rotary_dim=8),
+        _decoder("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=256),
+        _decoder("gptj", n_embd=64, n_layer=1, n_head=4, n_positions=256, rotary_dim=8),
         _decoder("gpt_neox"),
         _decoder("falcon", alibi=False, new_decoder_architecture=True, num_kv_heads=2),
         _decoder("opt", ffn_dim=96, word_embed_proj_dim=64),
-        _decoder("bloom", n_layer=2, n_head=4),
-        _decoder("mpt", d_model=64, n_layers=2, n_heads=4, max_seq_len=256, use_cache=True),
+        _decoder("bloom", **TWO, n_head=4),
+        _decoder("mpt", **TWO, d_model=64, n_heads=4, max_seq_len=256, use_cache=True),
         _decoder("olmo2"),
         _decoder("olmo3", **WINDOW),
         _decoder("cohere"),
@@ -203,6 +205,7 @@ ARCHITECTURES = {
         _decoder(
             "deepseek_v3",
             "MoE decoder, MLA",
+            **TWO,
             **MLA,
             **EXPERTS,
             n_routed_experts=4,
@@ -226,30 +229,36 @@ ARCHITECTURES = {
             num_experts_per_tok=2,
             shared_intermediate_size=32,
         ),
-        _decoder("lfm2", "decoder, hybrid convolution", layer_types=["conv", "full_attention"]),
+        _decoder("lfm2", "decoder, hybrid convolution", **TWO, layer_types=["conv", "full_attention"]),
         _decoder(
             "llama4_text",
             "MoE decoder, chunked attention",
+            **TWO,
             layer_types=["chunked_attention", "full_attention"],
             no_rope_layers=[1, 0],
             attention_chunk_size=8,
             num_local_experts=4,
             intermediate_size_mlp=96,
         ),
-        _encoder("bert"),
+        _encoder("bert", **TWO),
         _encoder("roberta"),
-        _encoder("distilbert", dim=64, n_layers=2, n_heads=4, hidden_dim=96),
+        _encoder("distilbert", dim=64, n_layers=1, n_heads=4, hidden_dim=96),
         _encoder("electra", embedding_size=32),
-        _encoder("albert", embedding_size=32),
-        _encoder("mpnet"),
+        _encoder("albert", **TWO, embedding_size=32),
+        _encoder("mpnet", **TWO),
         _encoder("deberta-v2"),
         _encoder(
-            "modernbert", global_attn_every_n_layers=2, local_attention=8, cls_token_id=1, sep_token_id=2
+            "modernbert",
+            **TWO,
+            global_attn_every_n_layers=2,
+            local_attention=8,
+            cls_token_id=1,
+            sep_token_id=2,
         ),
-        _encoder_decoder("bart"),
+        _encoder_decoder("bart", **TWO_EACH),
         _encoder_decoder("mbart"),
         _encoder_decoder("pegasus"),
-        _encoder_decoder("t5", **T5),
+        _encoder_decoder("t5", **T5, **TWO_EACH),
         _encoder_decoder("umt5", **T5),
         Architecture(
             "whisper",
@@ -266,7 +275,7 @@ ARCHITECTURES = {
         _vision("siglip_vision_model"),
         _audio("wav2vec2"),
         _audio("hubert"),
-        _audio("wavlm"),
+        _audio("wavlm", **TWO),
         _two_towers("clip"),
         _two_towers("siglip"),
     )

@@ -1,5 +1,6 @@
 """Fresh random inputs in every run; pytest shows the seed of a test that fails."""
 
+import gc
 import random
 
 import pytest
@@ -18,6 +19,12 @@ def _dynamo():
     """No test sees sizes that Dynamo made dynamic in another."""
     yield
     torch._dynamo.reset()
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not go over it again while Dynamo traces."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

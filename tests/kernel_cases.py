@@ -104,6 +104,11 @@ DEQUANTIZE_INTERPRETED = [
     Case("fp16", 20, 12, lens=(33, 80), max_len=70, dtype=FP16, page=32, hole=0),
     Case("k4v4", 24, 40, q_len=33, lens=(40, 20), max_len=50, dtype=FP16, exact=(4, 8)),
     Case("k2v3", 16, q_len=17, lens=(20, 50), max_len=40, dtype=FP32),  # the second row is overfull
+    Case("k4v2", 32, 128, lens=(131, 60), max_len=200, dtype=FP16),
+    Case("k3v4", 256, 64, lens=(70, 3), max_len=90, dtype=FP32, exact=(4, 8)),
+    Case("k2v8", 512, 256, lens=(70, 3), max_len=80, dtype=FP32),
+    Case("k8v3", 96, 512, lens=(65, 3), max_len=80, dtype=FP32, page=16, hole=2),
+    Case("k4v8", 128, 64, kv_heads=1, lens=(150, 70), max_len=140, dtype=FP32, page=48, hole=0),
 ]
 DECODE_INTERPRETED = [
     Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
@@ -167,6 +172,8 @@ PROMPT_GPU = [  # `store_prompt`; groups of 16 that others share, before the row
             ("k4v3", 64, 128),
             ("k2v4", 128, 64),
             ("k8v4", 128, 128),
+            ("k3v8", 128, 64),
+            ("k8v8", 64, 128),
         )
         for q, lens, exact, dtype in (
             (64, (64, 1000, 71), (0, 0), BF16),
@@ -197,6 +204,11 @@ DEQUANTIZE_GPU = [
     *(Case("k4v4", dim, 128, lens=(90, 7), dtype=FP32) for dim in (16, 96, 192, 576, 1024)),
     *(Case(name, 80, 64, dtype=dtype) for name in ("k3v2", "bf16") for dtype in _DTYPES),
     Case("k4v4", 128, lens=(300, 17, 0), max_len=320, exact=(4, 32), crop=5),
+    *(
+        Case(name, dim, lens=(1500, 64, 129), max_len=1600, exact=(4, 32), dtype=dtype)
+        for name, dim in (("k3v8", 32), ("k4v3", 64), ("k8v2", 256), ("k4v8", 512), ("k3v4", 96))
+        for dtype in _DTYPES
+    ),
     *(
         Case(name, 128, lens=(300, 17, 0), max_len=320, page=page, hole=1)
         for name in ("k4v4", "k3v2", "k8v8", "bf16")

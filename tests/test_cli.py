@@ -47,7 +47,8 @@ def test_a_missing_package_is_named_with_its_extra(argv, module, missing, capsys
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_demo(device, capsys, tmp_path):
+def test_demo(device, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tq_inductor.demo.NEW_TOKENS", 24)  # a tenth: nothing here is about their number
     path = tmp_path / "demo.json"
     assert cli.main(["demo", "--device", device, "--json", str(path)]) == 0
     out = capsys.readouterr().out

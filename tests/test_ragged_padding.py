@@ -193,7 +193,7 @@ def test_a_number_of_tokens_that_is_not_known_is_refused():
         ("torch_flash", {"dtype": torch.float32}, "dtype float32"),
         ("torch_flash", {"capability": (7, 5)}, "architecture sm75"),
         ("cudnn", {}, "mask (bool: padding) is more than alignment and window"),
-        ("flashinfer", {}, "plan() needs them on the host"),
+        ("flashinfer", {}, "in the graph: plan() needs lengths on the host"),
     ],
 )
 def test_who_takes_padding(name, facts, reason):

@@ -258,7 +258,7 @@ def test_random_attention_equals_eager():
         assert len(rows) == 1
         backends.add(rows[0].backend)
         torch.testing.assert_close(result, fn(*args), rtol=1e-4, atol=1e-4, equal_nan=True)
-    assert backends == {"sdpa", "none"}
+    assert {"sdpa", "none"} <= backends <= {"sdpa", "none", "triton"}  # triton: softcaps
 
 
 def test_inductor_compiles_what_was_rewritten():

@@ -10,8 +10,9 @@ import torch
 
 from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME
-from .foreign_kv import check_stored, plain_tokens
+from .foreign_kv import FP8, check_stored, plain_tokens
 from .op_checks import check_softcap
+from .results import as_result, empty_result
 
 
 def _attend(
@@ -31,13 +32,14 @@ def _attend(
         from .kernels.decode import attend
     else:
         from .reference import attend
-    return attend(q, k, v, attn_mask, bounds, sinks, scale, softcap, lse)
+    out = attend(q, k, v, attn_mask, bounds, sinks, scale, softcap, lse)
+    return out if q.is_cuda else as_result(out)
 
 
 def _attend_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return empty_result(q, v.shape[-1])
 
 
 def _attend_lse(q: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +79,7 @@ def _dense_attn(
 def _dense_attn_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **named: object
 ) -> torch.Tensor:
-    batch, heads, q_len, _ = q.shape
-    return q.new_empty((batch, q_len, heads, v.shape[-1])).transpose(1, 2)
+    return empty_result(q, v.shape[-1])
 
 
 def _varlen_attn(
@@ -99,13 +100,16 @@ def _varlen_attn(
 ) -> torch.Tensor:
     for stored in (k, v):
         check_stored(stored, q.dtype, kv_format, block_table)
-    if kv_format is not None or not (q.is_cuda and BY_NAME[backend].pages(q.device)):
+    chosen = BY_NAME[backend]
+    if kv_format is not None and q.is_cuda and kv_format in chosen.formats(q.device, q.shape[-1]):
+        k, v, kv_format = k.view(FP8[kv_format]), v.view(FP8[kv_format]), None
+    if kv_format is not None or not (q.is_cuda and chosen.pages(q.device)):
         how = (q.dtype, kv_format, cu_seqlens_k, block_table, max_seqlen_k)
         k, v, block_table = plain_tokens(k, *how), plain_tokens(v, *how), None
     sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     x = VarlenArguments(q, k, v, *sizes, is_causal, scale * k_scale, block_table)
     if q.is_cuda and backend != "triton":
-        varlen = BY_NAME[backend].varlen
+        varlen = chosen.varlen
         if varlen is None:
             raise ValueError(f"attention backend {backend!r} takes no ragged sequences")
         out = varlen(x)

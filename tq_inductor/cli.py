@@ -48,7 +48,8 @@ def doctor() -> None:
         print("no CUDA device: attention over packed caches runs the plain torch implementation")
     print("\nattention backends")
     for name, availability in attention_backends().items():
-        print(f"  {name:12} {'yes' if availability else 'no: ' + '; '.join(availability.reasons)}")
+        yes = f"yes{availability.note and ': ' + availability.note}"
+        print(f"  {name:12} {yes if availability else 'no: ' + '; '.join(availability.reasons)}")
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     print(
         "\nin order of preference (docs/attention-backends.md; 'band': causal with an offset, or a window)"

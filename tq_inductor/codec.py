@@ -13,6 +13,8 @@ FP8_MAX = 448.0
 def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate vectors and round each coordinate to its nearest centroid.
 
+    What a centroid of 3 or 4 bits is worth while rounding depends on the vector's largest rotated
+    magnitude too: a vector with a large coordinate is coded more coarsely, one without more finely.
     The scale is the least-squares one, <y, c> / <c, c>, rather than the norm: at the same bytes it
     has less distortion, and it is exact for vectors that the rotation makes flat (one-hot ones).
 
@@ -33,12 +35,13 @@ def encode_vectors(x: torch.Tensor, bits: int, rotation: torch.Tensor) -> tuple[
     tiny = torch.finfo(torch.float32).tiny
     y = (x / (unit + (largest - largest))) @ rotation  # NaN if the largest is infinite
     rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=tiny)
+    peak = y.abs().amax(-1, keepdim=True).clamp(min=tiny)
     if bits == 8:
         grid = (y * (FP8_UNIT / rms)).clamp(-FP8_MAX, FP8_MAX).nan_to_num(0.0)
         codes = grid.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         book = codebook(bits)
-        grid = y.abs() * (book.unit / rms)
+        grid = y.abs() * (book.per_rms / rms + book.per_peak / peak)
         codes = (grid[..., None] > grid.new_tensor(book.midpoints)).sum(-1)
         codes = (codes | ((y < 0).long() << (bits - 1))).to(torch.uint8)
     centroids = centroids_of(codes, bits)

@@ -7,6 +7,7 @@ the graph as constant arguments and op names, and so in the key of every compile
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch import fx, nn
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
 from .errors import NoAttentionBackendError
 from .lowering.growing_inputs import Split, split_growing_inputs
-from .lowering.kept_state import keeps_keys, returns_keys
+from .lowering.kept_state import keep_in_place, keeps_keys, returns_keys
 from .lowering.length_checks import check_lengths
+from .lowering.plans_before import Before, plan_before
 from .lowering.rewrite import rewrite
 from .options import PHASES, parse_options
 from .report import Report
+
+log = logging.getLogger(__name__)
 
 
 def turboquant(
@@ -47,6 +51,7 @@ def turboquant(
     report.publish()
     if parsed.strict and report.left:
         raise NoAttentionBackendError(f"strict: attention calls were left unrewritten\n{report}")
+    keep_in_place(gm)
     patches = dict(parsed.inductor)
     if returns_keys(gm) or (any(row.phase == "prefill" for row in report.rows) and keeps_keys(gm)):
         # Prefill runs once per prompt: a CUDA graph gains nothing, and a cache made inside the graph
@@ -56,20 +61,37 @@ def turboquant(
         # This pass sinks reads of a cache below the next write, and Inductor then copies the cache.
         patches.setdefault("reorder_for_locality", False)
     check = check_lengths(gm.graph)
-    split = None
+    split, before = None, Before()
     if patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
-        split = split_growing_inputs(gm, example_inputs)
+        before = plan_before(gm.graph)
+        if before.obstacle:
+            log.warning("flashinfer: no CUDA graph, %s", before.obstacle)
+            patches["triton.cudagraphs"] = False
+        else:
+            split = split_growing_inputs(gm, example_inputs)
     if split is None:
         compiled = torch._inductor.compile(gm, example_inputs, options=patches)  # type: ignore[arg-type]
     else:
         inner = torch._inductor.compile(split.gm, split.example_inputs, options=patches)
         compiled = _on_fixed_shapes(inner, split)  # type: ignore[arg-type]
+    if before.plan is not None:
+        compiled = _planned(compiled, before.plan)
     return compiled if check is None else _checked(compiled, check)
 
 
 def _on_fixed_shapes(compiled: Callable[..., Any], split: Split) -> Callable[..., Any]:
     """`compiled`, on the inputs of the whole graph."""
     return lambda *args: compiled(*split.inputs_from(args))
+
+
+def _planned(compiled: Callable[..., Any], plan: Callable[[tuple[Any, ...]], None]) -> Callable[..., Any]:
+    """`compiled`, after what its kernels need from the host."""
+
+    def run(*args: Any) -> Any:
+        plan(args)
+        return compiled(*args)
+
+    return run
 
 
 def _checked(

@@ -43,8 +43,9 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   `[sequences + 1]`, where each sequence starts and the last ends; causal is aligned bottom-right. Tokens
   after the last sequence give zeros. `backend` names the attention backend. `kv_format` "e4m3" or "e5m2": k
   and v are such bytes, and numbers times `k_scale` and `v_scale`. `block_table` int32 `[sequences, n]`: k
-  and v are pages `[pages, page_size, Hkv, D]`, and these those of each sequence; for "fa4", which reads
-  pages where they lie, what a page holds behind the end of its sequence has to be finite.
+  and v are pages `[pages, page_size, Hkv, D]`, and these those of each sequence; for "fa4" and
+  "flashinfer", which read pages where they lie, what a page holds behind the end of its sequence has to be
+  finite. "flashinfer" reads lengths on the host when they have changed; for CUDA graphs see its `plan`.
 
 A query without a visible key gives zeros.
 """

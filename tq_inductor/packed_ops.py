@@ -11,6 +11,7 @@ import torch
 from .beside import Beside, Chunk
 from .format import KVFormat
 from .op_checks import check_block_table, check_softcap
+from .results import as_result, empty_result
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
 _BESIDE = "Tensor? k_mean=None, Tensor? exact=None, Tensor? exact_from=None, int sink_tokens=0"
@@ -133,10 +134,11 @@ def _tq_decode(
     else:
         from .reference import decode
     beside = Beside(k_mean, exact, exact_from, sink_tokens)
-    return decode(
+    out = decode(
         q, cache, seq_lens, k_rotation, v_rotation, attn_mask, bounds, sinks, fmt, max_len, scale, beside,
         softcap, block_table, lse, _own(own_k, own_v),
     )  # fmt: skip
+    return out if cache.is_cuda else as_result(out)
 
 
 def _tq_decode_lse(
@@ -156,7 +158,7 @@ def _tq_decode_fake(
     *rest: object,
     **named: object,
 ) -> torch.Tensor:
-    return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+    return empty_result(q, v_rotation.shape[0])
 
 
 def _tq_decode_lse_fake(q: torch.Tensor, *rest: Any, **named: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +216,7 @@ def _tq_append_attend_fake(
     *rest: object,
     **named: object,
 ) -> torch.Tensor:
-    return q.new_empty((*q.shape[:-1], v_rotation.shape[0]))
+    return empty_result(q, v_rotation.shape[0])
 
 
 _DECODE_ARGS = (

@@ -317,8 +317,7 @@ def attend(
     bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
     if sinks is None and softcap is None and lse is None:
         mask = visible if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-        return out.contiguous()
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     inputs = (q.float(), k.float(), v.float())
     out, log = attention_and_lse(*inputs, visible, scale, bias, sinks, softcap)
     if lse is not None:

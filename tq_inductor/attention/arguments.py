@@ -51,7 +51,8 @@ class VarlenArguments:
     """Attention over sequences of any lengths, one behind the other; causal is aligned bottom-right.
 
     Attributes:
-        q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`.
+        q, k, v: `[Tq, H, D]`, `[Tk, Hkv, D]`, `[Tk, Hkv, Dv]`; k and v may be of an fp8 dtype for a backend
+            that has `formats`.
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, on the device.
         block_table: int32 `[sequences, n]`, the pages of each sequence, of k and v
             `[pages, page_size, Hkv, D or Dv]`; always None for a backend that takes no `pages`.
@@ -79,11 +80,15 @@ class VarlenArguments:
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
-    """`[B, heads, L, D]` as `[B, L, heads, D]`, copied only if kernels could not load it as it lies.
+    """`[B, heads, L, D]` as `[B, L, heads, D]`, `aligned`."""
+    return aligned(x.transpose(1, 2))
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if kernels could not load it as it lies.
 
     They load 16 bytes at a time: heads lie in one piece, and all begin at a multiple of 16 bytes.
     """
-    x = x.transpose(1, 2)
     unit = 16 // x.element_size()
     steps = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s and s % unit == 0 for s in steps):

@@ -11,8 +11,17 @@ from dataclasses import dataclass
 
 from .call import AttentionCall
 
-FULL, CAUSAL, BAND, PADDED, DENSE = "full", "causal", "band", "padded", "dense"
-LAST = ("sdpa", "triton", "fa4", "fa3", "fa2", "flex")  # from the second on for sinks and softcap
+FULL, CAUSAL, BAND, DENSE = "full", "causal", "band", "dense"
+PADDED, PADDED_CAUSAL = "padded", "padded causal"
+LAST = (
+    "sdpa",
+    "triton",
+    "fa4",
+    "fa3",
+    "fa2",
+    "flex",
+    "flashinfer",
+)  # from the second on for sinks and softcap
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,9 @@ class Order:
 # hidden, cuDNN (PyTorch's own choice there) where few are; FlashAttention 4 is slow for short queries, and
 # does not split keys. torch's FlashAttention 2 is better than our kernel for many queries, worse for a few.
 # FlexAttention and FlashInfer's kernels are compiled for seconds to minutes at their first call: the former
-# comes when nothing else can; the latter, never the best, not unasked.
-# Padding: ours, measured against SDPA only (prefill.json). Ragged sequences of others may be faster:
-# benchmarks/bench_padding.py measures them, and then they go before "triton" in that row.
+# comes when nothing else can; the latter, never the best, after it, and only if that is done already.
+# Padding (padding.json): ours, but for encoders with larger heads, where FlashAttention 3 over ragged
+# sequences wins although tokens are counted, gathered and scattered.
 # Other GPUs: not measured. What is native there by its documentation, PyTorch's choice where it has a flag.
 ORDERS = (
     Order((9,), "decode", (FULL,), widest_head=128, first=("cudnn",)),
@@ -77,7 +86,9 @@ ORDERS = (
     Order((9,), "prefill", (CAUSAL,), fewest_queries=1024, first=("fa4", "fa3")),
     Order((9,), "prefill", (CAUSAL,), first=("fa3",)),
     Order((9,), "prefill", (BAND,), first=("fa3", "fa4", "torch_flash", "triton")),
-    Order((9,), "prefill", (PADDED,), first=("triton",)),
+    Order((9,), "prefill", (PADDED,), widest_head=64, first=("triton",)),
+    Order((9,), "prefill", (PADDED,), first=("fa3", "triton")),
+    Order((9,), "prefill", (PADDED_CAUSAL,), first=("triton",)),
     Order((10, 11), "prefill", (BAND,), first=("fa4", "torch_flash", "triton")),
     Order((8, 12), "prefill", (BAND,), first=("fa2", "torch_flash", "triton")),
     Order(first=("triton",)),
@@ -86,9 +97,12 @@ ORDERS = (
 
 def mask_kind(call: AttentionCall) -> str:
     """ "full"; "causal" with as many queries as keys, for which SDPA has a flag; "band": else what an
-    alignment and a window say; "padded": full or causal, and a mask over keys; "dense": more than that."""
+    alignment and a window say; "padded" or "padded causal": full or causal, and a mask over keys; "dense":
+    more than that."""
+    if call.padding:
+        return PADDED if call.padding == "full" else PADDED_CAUSAL
     if not call.plain:
-        return PADDED if call.padding else DENSE
+        return DENSE
     if call.window == (None, None):
         return FULL
     return CAUSAL if call.alignment == "equal" and call.window == (None, 0) else BAND

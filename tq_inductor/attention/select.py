@@ -25,28 +25,43 @@ class AttentionBackend:
         unavailable: reasons why it can run nothing on this machine.
         broken: reasons why what is installed cannot be used; it imports a package, so it is asked only of
             the one that is about to be chosen.
+        unbuilt: what it had to compile for minutes to run a call; it is then taken only if named.
+        note: what else is worth knowing of it on this machine; asked where it is available.
         attend: computes what the op `dense_attn` is called with; None if the call becomes another op.
         varlen: computes what the op `varlen_attn` is called with; None if it cannot, or by another way.
         pages: whether `varlen` takes keys and values in pages on a device; they are copied for the others.
+        formats: of bytes that `varlen` takes, as tensors of that dtype, on a device and of a head size; for
+            the others they are made `dtype`.
     """
 
     name: str
     why_not: Callable[[AttentionCall], list[str]]
     unavailable: Callable[[], list[str]]
     broken: Callable[[], list[str]] = list
+    unbuilt: Callable[[AttentionCall], list[str]] = lambda call: []
+    note: Callable[[], str] = str
     attend: Callable[[DenseArguments], torch.Tensor] | None = None
     varlen: Callable[[VarlenArguments], torch.Tensor] | None = None
     pages: Callable[[torch.device], bool] = lambda device: False
+    formats: Callable[[torch.device, int], tuple[str, ...]] = lambda device, head_dim: ()
 
 
 BACKENDS = (
     AttentionBackend("turboquant", turboquant.why_not, own_kernels.unavailable),
     AttentionBackend("triton", triton.why_not, own_kernels.unavailable),
-    AttentionBackend("fa3", fa3.why_not, fa3.unavailable, fa3.broken, fa3.attend, fa3.varlen),
-    AttentionBackend("fa4", fa4.why_not, fa4.unavailable, fa4.broken, fa4.attend, fa4.varlen, fa4.pages),
-    AttentionBackend("fa2", fa2.why_not, fa2.unavailable, fa2.broken, fa2.attend, fa2.varlen),
     AttentionBackend(
-        "flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.broken, flashinfer.attend
+        "fa3", fa3.why_not, fa3.unavailable, fa3.broken, attend=fa3.attend, varlen=fa3.varlen
+    ),
+    AttentionBackend(
+        "fa4", fa4.why_not, fa4.unavailable, fa4.broken, attend=fa4.attend, varlen=fa4.varlen,
+        pages=fa4.pages,
+    ),
+    AttentionBackend(
+        "fa2", fa2.why_not, fa2.unavailable, fa2.broken, attend=fa2.attend, varlen=fa2.varlen
+    ),
+    AttentionBackend(
+        "flashinfer", flashinfer.why_not, flashinfer.unavailable, flashinfer.broken, flashinfer.unbuilt,
+        flashinfer.note, flashinfer.attend, flashinfer.varlen, flashinfer.pages, flashinfer.formats,
     ),
     AttentionBackend("cudnn", cudnn.why_not, cudnn.unavailable, attend=cudnn.attend),
     AttentionBackend(
@@ -61,10 +76,11 @@ BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can be used on this machine, and if not, why."""
+    """Whether a backend can be used on this machine, and if not, why; if so, what else is worth knowing."""
 
     available: bool
     reasons: tuple[str, ...] = ()
+    note: str = ""
 
     def __bool__(self) -> bool:
         return self.available
@@ -80,8 +96,11 @@ class Choice:
 
 def attention_backends() -> dict[str, Availability]:
     """Name -> availability with reasons, for this machine."""
-    found = {b.name: tuple(b.unavailable() or b.broken()) for b in BACKENDS}
-    return {name: Availability(not reasons, reasons) for name, reasons in found.items()}
+    found = {b: tuple(b.unavailable() or b.broken()) for b in BACKENDS}
+    return {
+        b.name: Availability(not reasons, reasons, "" if reasons else b.note())
+        for b, reasons in found.items()
+    }
 
 
 def check_backend_name(name: object) -> str:
@@ -118,7 +137,7 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
     else:
         chosen = "none"
         for name in order_for(call):
-            reasons[name] = reasons[name] or broken[name]()
+            reasons[name] = reasons[name] or broken[name]() or BY_NAME[name].unbuilt(call)
             if not reasons[name]:
                 chosen = name
                 break
