@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Encoder
 
 from tq_inductor import KVFormat, TurboQuantCache, explain
 from tq_inductor.cache_layers import SlidingLayer, TurboQuantLayer
-from tq_inductor.errors import CacheFullError, CacheMismatchError, FormatError
+from tq_inductor.errors import CacheFullError, CacheMismatchError, FormatError, UnsupportedModelError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gemma3_text"]
@@ -318,12 +318,30 @@ def test_inference_mode():
         assert torch.equal(generate(model, cache, padded_batch()), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_under_autocast(name):
+    model = build(name, torch.float32)
+    ids = torch.randint(1, 50, (2, 12))
+    logits = []
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        packed = TurboQuantCache(model.config, 64, kv_format="fp16")
+        for cache in (DynamicCache(config=model.config), packed):
+            model(ids[:, :8], past_key_values=cache)
+            logits.append(model(ids[:, 8:], past_key_values=cache).logits)
+    assert torch.allclose(*logits, atol=0.02)
+
+
 def test_bad_arguments():
     config = build("llama").config
     with pytest.raises(FormatError, match=r"unknown kv_format 'k4v5'.*Nearest"):
         TurboQuantCache(config, 64, kv_format="k4v5")
     with pytest.raises(ValueError, match="max_cache_len=0"):
         TurboQuantCache(config, 0)
+    for sizes in ({"max_batch_size": 0}, {"max_batch_size": -1}, {"max_cache_len": 6.5}):
+        with pytest.raises(ValueError, match=r"max_.*=(0|-1|6.5) must be a whole number, at least 1"):
+            TurboQuantCache(config, **{"max_cache_len": 64, **sizes})
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is no config: pass model.config"):
+        TurboQuantCache(build("llama"), 64)
     with pytest.raises(ValueError, match="recent_tokens=-1 must not be negative"):
         TurboQuantCache(config, 64, recent_tokens=-1)
     with pytest.raises(ValueError, match=r"sink_tokens=4: a bf16 cache keeps all tokens.*Leave it out"):
@@ -370,7 +388,7 @@ def test_layers_with_keys_of_different_sizes():
     cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device="cpu")
     sliding, packed = cache.layers
     assert sliding.keys.shape == (2, 2, 8, 16)
-    beside = 2 * (32 + 36 * 2 * 32) * 4  # a mean, 4 + 32 exact tokens: float32
+    beside = 2 * (32 + 16 * 2 * 32) * 4  # a mean, 4 + 12 exact tokens: float32
     assert packed.nbytes == KVFormat("k4v4", 32).cache_bytes(2, 1, MAX_LEN) + beside
     expected = generate(model, TurboQuantCache(model.config, MAX_LEN), padded_batch())
     assert torch.equal(generate(model, cache, padded_batch()), expected)

@@ -20,6 +20,30 @@ def test_doctor(capsys):
         assert "anything" in out
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--device", "gpu"], "'gpu' is no device"),
+        (["--device", "cuda:99"], "this machine has "),
+        (["--dtype", "int4"], "'int4' is no dtype"),
+        (["--dtype", "nn"], "'nn' is no dtype"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate"], ["calibrate", __file__]])
+def test_devices_and_dtypes_that_are_none(command, option, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, *option])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"points": []}'])
+def test_a_file_that_bench_did_not_write(text, tmp_path, capsys):
+    (tmp_path / "bench.json").write_text(text)
+    assert cli.main(["plot", str(tmp_path / "bench.json"), "--out", str(tmp_path)]) == 1
+    assert "is no result: write one with tq-inductor bench" in capsys.readouterr().err
+
+
 def test_unknown_format(capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", "--kv-format", "k5v5"])

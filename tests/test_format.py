@@ -61,7 +61,7 @@ def test_values_may_have_another_head_dim():
     assert fmt.slot_bytes == 96 + 48 + 4
 
 
-@pytest.mark.parametrize("name", ["k5v4", "k4v1", "k4", "int4", "", "K4V4 ", "bf61"])
+@pytest.mark.parametrize("name", ["k5v4", "k4v1", "k4", "int4", "", "K4V4 ", "bf61", ["k4v4"]])
 def test_unknown_names_say_what_is_allowed(name):
     with pytest.raises(FormatError, match=r"unknown kv_format .*Allowed: k\{bits\}v\{bits\}"):
         KVFormat(name)

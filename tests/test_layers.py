@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "kernels.decode": ["kernels.*", "beside", "codebook", "format", "results"],
     "kernels.*": ["kernels.bits", "kernels.pages", "beside", "codebook", "format"],
     "foreign_kv": [],
-    "op_checks": ["format"],
+    "op_checks": ["errors", "format"],
     "results": [],
     "packed_ops": ["beside", "format", "op_checks", "results"],
     "attention_ops": ["attention.*", "foreign_kv", "op_checks", "results"],
@@ -272,6 +272,13 @@ def test_importing_the_package_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'triton'}"
     out = _python(f"import sys, tq_inductor; print(sorted({heavy} & set(sys.modules)))")
     assert out.strip() == "[]"
+
+
+def test_the_ops_are_there_once_the_package_is_imported_after_torch():
+    show = "import torch, tq_inductor; print(torch.ops.tq_inductor.tq_store)"
+    assert "tq_inductor.tq_store" in _python(show)
+    for earlier in ({}, {"TORCH_LOGS": "tq_inductor"}):
+        assert "tq_inductor.tq_store" in _python(f"from tq_inductor import KVFormat; {show}", **earlier)
 
 
 def test_torch_logs_may_name_the_package():

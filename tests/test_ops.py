@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 import tq_inductor.ops  # noqa: F401
+from tq_inductor.errors import CacheMismatchError
 from tq_inductor.format import KVFormat, round_up
 from tq_inductor.reference import attention, load
 from tq_inductor.rotation import rotation_matrix
@@ -204,6 +205,65 @@ def test_softcaps_that_are_refused(softcap):
     with pytest.raises(ValueError, match=r"softcap=.* needs a positive number"):
         ops.attend(q, *kv, None, None, None, 0.25, "triton", **how)
     assert torch.equal(cache, before)
+
+
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+@pytest.mark.parametrize(("batch", "q_len"), [(0, 1), (0, 3), (2, 0), (0, 0)])
+def test_no_rows_or_no_queries(name, batch, q_len):
+    cache, (k, v), (seq_lens, *rotations) = cache_arguments(name, "cpu")
+    cache, k, v = cache[:batch], k[:batch, :, :q_len], v[:batch, :, :q_len]
+    q = torch.randn(batch, 4, q_len, 16)
+    for lens in (seq_lens, seq_lens.expand(batch)):
+        tail = (lens, *rotations)
+        ops.tq_store(cache, k, v, *tail, name)
+        keys, _ = ops.tq_dequantize(cache, *tail, name, MAX_LEN, torch.float32)
+        assert keys.shape == (batch, 2, MAX_LEN, 16)
+        rest = (None, None, None, name, MAX_LEN, 0.25)
+        assert ops.tq_decode(q, cache, *tail, *rest).shape == q.shape
+        assert ops.tq_append_attend(cache, q, k, v, *tail, *rest).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("k", "v"),
+    [
+        ((3, 2, 1, 16), (3, 2, 1, 16)),
+        ((2, 3, 1, 16), (2, 3, 1, 16)),
+        ((2, 2, 1, 24), (2, 2, 1, 24)),
+        ((2, 2, 1, 16), (2, 2, 2, 16)),
+        ((2, 1, 16), (2, 1, 16)),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(k, v):
+    cache, _, tail = cache_arguments("k4v4", "cpu")
+    k, v, q = torch.randn(k), torch.randn(v), torch.randn(2, 4, 1, 16)
+    for op, more in ((ops.tq_store, ()), (ops.tq_append_attend, (MAX_LEN, 0.25))):
+        masks = (None, None, None) if more else ()
+        queries = (q,) if more else ()
+        with pytest.raises(CacheMismatchError, match=r"[kv] has shape .*Nothing was written"):
+            op(cache, *queries, k, v, *tail, *masks, "k4v4", *more)
+    assert not cache.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"v": torch.randn(5, 2, 16)}, "as many tokens and heads in k as in v"),
+        ({"k": torch.randn(4, 2, 24)}, "a size of q like that of k"),
+        ({"k": torch.randn(4, 3, 16), "v": torch.randn(4, 3, 16)}, "a multiple of k's heads"),
+        ({"cu_seqlens_k": torch.tensor([0, 2, 4]).int()}, "needs as many sequences"),
+        ({"backend": "fa5"}, "unknown attention backend 'fa5'. Allowed: turboquant, triton, "),
+    ],
+)
+def test_ragged_sequences_that_are_refused(change, error):
+    starts = torch.tensor([0, 4]).int()
+    good = {
+        "q": torch.randn(4, 4, 16), "k": torch.randn(4, 2, 16), "v": torch.randn(4, 2, 16),
+        "cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 4, "max_seqlen_k": 4,
+        "is_causal": True, "scale": 0.25,
+    }  # fmt: skip
+    assert ops.varlen_attn(**good).shape == (4, 4, 16)
+    with pytest.raises(ValueError, match=error):
+        ops.varlen_attn(**{**good, **change})
 
 
 def test_attend_reads_only_what_is_visible():

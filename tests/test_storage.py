@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -57,6 +58,31 @@ def test_lossless_format_is_lossless(dtype):
     assert torch.equal(values[:, :, :9], v)
 
 
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float])
+def test_casting_the_model_around_it_changes_no_byte(cast, name):
+    cast_too, alone = make(kv_format=name), make(kv_format=name)
+    model = nn.Module()
+    model.linear, model.cache = nn.Linear(2, 2), cast_too
+    cast(model)
+    kv = new_tokens(20)
+    for given, expected in zip(cast_too.update(*kv), alone.update(*kv), strict=True):
+        assert torch.equal(given, expected)
+    assert {b.dtype for b in cast_too.buffers()} == {b.dtype for b in alone.buffers()}
+
+
+def test_a_module_moves_to_another_device():
+    cache = make().half().to("meta")
+    assert {buffer.device.type for buffer in cache.buffers()} == {"meta"}
+    assert cache.k_rotation.dtype == torch.float32
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 16, 32), (2, -1, 16, 32), (2, 2, 16, 0)])
+def test_a_cache_of_nothing_is_refused(sizes):
+    with pytest.raises(ValueError, match=r"(batch_size=0|num_kv_heads=-1|max_len=0) must be at least 1"):
+        PackedKVCache(*sizes, device="cpu")
+
+
 def test_reset_forgets_everything():
     cache, fresh = make(), make()
     cache.update(*new_tokens(20))
@@ -72,6 +98,14 @@ def test_nbytes_is_what_the_format_promises(name):
     mean = 0 if name == "bf16" else 2 * 2 * 16 * 4  # of keys, in the cache's float32
     assert KVFormat(name, 16).cache_bytes(2, 2, 48) == cache.packed.numel() == cache.nbytes - mean
     assert name in repr(cache)
+
+
+def test_a_cache_of_float64():
+    cache = make(dtype=torch.float64)
+    k, v = new_tokens(20, torch.float64)  # enough for a mean of keys
+    keys, values = cache.update(k, v)
+    assert keys.dtype == values.dtype == torch.float64
+    assert (keys[:, :, :20] - k).square().mean() < 0.02
 
 
 def test_values_with_another_head_dim():
@@ -101,6 +135,7 @@ def test_a_full_cache_says_so_before_writing():
         ((2, 2, 1, 24), (2, 2, 1, 24), "head_dim=16"),
         ((2, 2, 2, 16), (2, 2, 1, 16), "as many in k as in v"),
         ((2, 2, 16), (2, 2, 16), "shape"),
+        ((16,), (16,), "shape"),
     ],
 )
 def test_shapes_that_do_not_fit_change_nothing(k, v, message):

@@ -28,6 +28,12 @@ if not (_checkout / "tq_inductor" / "kernels").is_dir() and (_checkout / "pyproj
         if _spec := _PathFinder.find_spec(f"{__name__}.{_name}", [str(_checkout)]):
             globals()[_name] = _sys.modules[_spec.name] = _module_from_spec(_spec)
 
+# `torch.ops.tq_inductor` is there wherever torch came first, unless TORCH_LOGS imports this package before
+# torch is whole; else the first of the names below brings it.
+_torch = _sys.modules.get("torch")
+if _torch is not None and not getattr(_torch.__spec__, "_initializing", False):
+    _import_module(".ops", __name__)
+
 __all__ = ["KVFormat", "PackedKVCache", "TurboQuantCache", "attention_backends", "explain"]
 
 
@@ -35,4 +41,5 @@ def __getattr__(name: str) -> _Any:
     # Imported on first use: `TORCH_LOGS=tq_inductor` imports this package inside `import torch`.
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _import_module(".ops", __name__)
     return getattr(_import_module(f".{_LAZY[name]}", __name__), name)

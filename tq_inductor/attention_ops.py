@@ -9,10 +9,16 @@ from typing import Any
 import torch
 
 from .attention.arguments import DenseArguments, VarlenArguments
-from .attention.select import BY_NAME
+from .attention.select import BY_NAME, AttentionBackend
 from .foreign_kv import FP8, check_stored, plain_tokens
-from .op_checks import check_softcap
+from .op_checks import check_sizes, check_softcap
 from .results import as_result, empty_result
+
+
+def _backend(name: str) -> AttentionBackend:
+    if name not in BY_NAME:
+        raise ValueError(f"unknown attention backend {name!r}. Allowed: {', '.join(BY_NAME)}.")
+    return BY_NAME[name]
 
 
 def _attend(
@@ -28,6 +34,7 @@ def _attend(
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_softcap(softcap)
+    check_sizes(q, k, v, heads=1)
     if q.is_cuda:
         from .kernels.decode import attend
     else:
@@ -68,7 +75,8 @@ def _dense_attn(
 ) -> torch.Tensor:
     window = tuple(None if side < 0 else side for side in (window_back, window_ahead))
     x = DenseArguments(q, k, v, attn_mask, alibi_slopes, sinks, alignment, window, softcap, scale)  # type: ignore[arg-type]
-    attend = BY_NAME[backend].attend
+    check_sizes(q, k, v, heads=1)
+    attend = _backend(backend).attend
     if not q.is_cuda:
         from .reference_attention import dense_attention as attend
     if attend is None:
@@ -100,7 +108,11 @@ def _varlen_attn(
 ) -> torch.Tensor:
     for stored in (k, v):
         check_stored(stored, q.dtype, kv_format, block_table)
-    chosen = BY_NAME[backend]
+    check_sizes(q, k, v, heads=-2)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        lengths = f"{list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k have shapes {lengths}: needs as many sequences")
+    chosen = _backend(backend)
     if kv_format is not None and q.is_cuda and kv_format in chosen.formats(q.device, q.shape[-1]):
         k, v, kv_format = k.view(FP8[kv_format]), v.view(FP8[kv_format]), None
     if kv_format is not None or not (q.is_cuda and chosen.pages(q.device)):

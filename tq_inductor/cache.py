@@ -40,6 +40,12 @@ def _head_dim(layer: PretrainedConfig) -> int | None:
     return layer.hidden_size // heads if heads else None
 
 
+def _check_sizes(**given: int | None) -> None:
+    for name, size in given.items():
+        if size is not None and (size < 1 or size != int(size)):
+            raise ValueError(f"{name}={size} must be a whole number, at least 1")
+
+
 def _check_exact_tokens(formats: list[str], **given: int | None) -> None:
     lossless = all(KVFormat(name).is_lossless for name in formats)
     for name, count in given.items():
@@ -65,8 +71,8 @@ class TurboQuantCache(Cache):
         skip_layers: indices of layers to keep in 16 bits (negative ones count from the end).
         sink_tokens, recent_tokens: how many of the first and of the last tokens packed layers keep as they
             came besides, which removes most of what packing costs in quality (docs/quality.md). By
-            default a layer's format decides: 4 and 32 where keys or values have 4 bits, 4 and 128 at 2
-            and 3 bits, none at 8 bits; 0 for none. A cache of fewer tokens keeps all of them.
+            default a layer's format decides: 4 and 12 where keys or values have 4 bits, 4 and 28 at 3,
+            4 and 124 at 2, none at 8 bits; 0 for none. A cache of fewer tokens keeps all of them.
         max_batch_size: if given, buffers are allocated now and not at the first forward; best for
             CUDA graphs.
         device, dtype: of these buffers; default: CUDA if there is one, and the config's dtype.
@@ -90,8 +96,9 @@ class TurboQuantCache(Cache):
         dtype: torch.dtype | None = None,
         max_batch_size: int | None = None,
     ) -> None:
-        if max_cache_len < 1:
-            raise ValueError(f"max_cache_len={max_cache_len} must be at least 1")
+        if not hasattr(config, "get_text_config"):
+            raise UnsupportedModelError(f"{type(config).__name__} is no config: pass model.config")
+        _check_sizes(max_cache_len=max_cache_len, max_batch_size=max_batch_size)
         decoder = config.get_text_config(decoder=True)
         if not hasattr(decoder, "num_hidden_layers"):
             raise UnsupportedModelError(
@@ -168,11 +175,13 @@ class TurboQuantCache(Cache):
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer; see `TurboQuantLayer.update`.
+        """Append to one layer; see `TurboQuantLayer.update`. Values are taken in the dtype of keys.
 
         Raises:
             CacheFullError: before any layer has taken any of the new tokens.
         """
+        if value_states.dtype != key_states.dtype:  # under autocast, RoPE leaves keys in float32
+            value_states = value_states.to(key_states.dtype)
         if layer_idx == 0 and self._packed and not torch.compiler.is_compiling():
             first = self._packed[0]
             if first is not self.layers[0] and first.is_initialized:  # layer 0 would be written first

@@ -91,6 +91,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def device_name(text: str) -> str:
+    """Argument type: a device of this machine."""
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"this machine has {torch.cuda.device_count()} CUDA devices")
+    return text
+
+
+def dtype_name(text: str) -> str:
+    """Argument type: a dtype of weights, by its name in torch, or "auto"."""
+    import torch
+
+    dtype = getattr(torch, text, None)
+    if text != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise argparse.ArgumentTypeError(f"{text!r} is no dtype: auto, bfloat16, float16, float32, ...")
+    return text
+
+
 def existing_file(text: str) -> Path:
     """Argument type: a file that can be read."""
     if not Path(text).is_file():
@@ -175,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", run_demo, "a small model reads held-out text from a packed cache")
     demo.add_argument("--kv-format", type=kv_format_name, default="k4v4", help="default: k4v4")
-    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    demo.add_argument("--device", type=device_name, help="default: cuda if there is one")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
     generate = command("generate", run_generate, "a transformers model goes on with a text")
@@ -189,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     kinds = "a format, auto, or a file that `calibrate` wrote"
     add("--kv-format", type=kv_format_or_policy, help=f"of a turboquant cache: {kinds}; default: k4v4")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    add("--device", help="default: cuda if there is one")
-    add("--dtype", default="auto", help="such as bfloat16; default: the checkpoint's")
+    add("--device", type=device_name, help="default: cuda if there is one")
+    add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
     add("--prefill-chunk-size", type=positive, metavar="N", help="read the prompt N tokens at a time")
     add("--seed", type=int, help="of the sampling")
     add("--do-sample", action="store_true", help="sample; default: always the most probable token")
@@ -209,8 +232,8 @@ def _parser() -> argparse.ArgumentParser:
         "--formats", type=kv_format_name, nargs="+", metavar="FORMAT", help="to choose from; default: eight"
     )
     add("--tokens", type=positive, default=2048, metavar="N", help="of the text to read; default: 2048")
-    add("--device", help="default: cuda if there is one")
-    add("--dtype", default="auto", help="such as bfloat16; default: the checkpoint's")
+    add("--device", type=device_name, help="default: cuda if there is one")
+    add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
 
     bench = command("bench", run_bench, "speed, memory and compile time of caches, ours and transformers'")
     add = bench.add_argument

@@ -84,8 +84,8 @@ class KVFormat:
     v_head_dim: int = 0
 
     def __post_init__(self) -> None:
-        name = VLLM_ALIASES.get(self.name, self.name)
-        if name not in LOSSLESS and not re.fullmatch(r"k[2348]v[2348]", str(name)):
+        name = VLLM_ALIASES.get(str(self.name), self.name)
+        if str(name) not in LOSSLESS and not re.fullmatch(r"k[2348]v[2348]", str(name)):
             known = format_names() + list(VLLM_ALIASES)
             near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
             hint = f" Nearest: {', '.join(near)}." if near else ""

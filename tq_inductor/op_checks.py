@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .errors import CacheMismatchError
 from .format import KVFormat
 
 
@@ -15,6 +16,39 @@ def check_softcap(softcap: float | None) -> None:
     """
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap={softcap}: needs a positive number, or None for none")
+
+
+def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
+    """Keys and values are of the same tokens and heads, and q of keys' size and a multiple of their heads.
+
+    Args:
+        heads: the dimension of heads; values may have another size.
+
+    Raises:
+        ValueError: they are not.
+    """
+    alike = q.dim() > 2 and k.dim() > 2 and k.shape[:-1] == v.shape[:-1] and q.shape[-1] == k.shape[-1]
+    if not alike or k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
+        given = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(
+            f"{given}: needs as many tokens and heads in k as in v, a size of q like that of k, and a "
+            "multiple of k's heads in q"
+        )
+
+
+def check_append(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, paged: bool) -> None:
+    """New tokens `[B, Hkv, q, D]` have the cache's rows, heads and sizes.
+
+    Raises:
+        CacheMismatchError: they have not.
+    """
+    rows = k.shape[0] if paged or not k.dim() else cache.shape[0]
+    for name, x, size in (("k", k, fmt.head_dim), ("v", v, fmt.v_head_dim)):
+        if x.dim() != 4 or x.shape != (rows, cache.shape[1], k.shape[2], size):
+            raise CacheMismatchError(
+                f"{name} has shape {list(x.shape)}: needs [{rows}, {cache.shape[1]}, new tokens (as many "
+                f"in k as in v), {size}]. Nothing was written."
+            )
 
 
 def check_block_table(

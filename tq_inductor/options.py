@@ -37,7 +37,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Compil
     Raises:
         OptionError: an unknown key or value; a `ValueError`.
     """
-    options = {key.replace("-", "_"): value for key, value in (options or {}).items()}
+    options = {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
     known = set(torch._inductor.list_options()) | set(OWN_KEYS)
     for key in options:
         if key not in known:
@@ -55,12 +55,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Compil
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:
-    modes = torch._inductor.list_mode_options()
-    if mode is None or mode == "default":
-        return {}
-    if mode not in modes:
-        raise OptionError(f"unknown mode {mode!r}. Allowed: {', '.join(['default', *modes])}.")
-    return dict(modes[mode])
+    modes = {"default": {}, **torch._inductor.list_mode_options()}
+    if mode is not None and mode not in modes:
+        raise OptionError(f"unknown mode {mode!r}. Allowed: {', '.join(modes)}.")
+    return dict(modes[mode or "default"])
 
 
 def _attention(value: object) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 
 from .beside import Beside, Chunk
 from .format import KVFormat
-from .op_checks import check_block_table, check_softcap
+from .op_checks import check_append, check_block_table, check_softcap
 from .results import as_result, empty_result
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
@@ -41,6 +41,7 @@ def _tq_store(
     block_table: torch.Tensor | None = None,
 ) -> None:
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    check_append(cache, k, v, fmt, block_table is not None)
     check_block_table(block_table, cache, fmt, k.shape[0])
     if cache.is_cuda:
         from .kernels.store import store
@@ -189,6 +190,7 @@ def _tq_append_attend(
 ) -> torch.Tensor:
     check_softcap(softcap)
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
+    check_append(cache, k, v, fmt, block_table is not None)
     check_block_table(block_table, cache, fmt, q.shape[0], max_len)
     if cache.is_cuda:
         from .kernels.append import append_and_attend

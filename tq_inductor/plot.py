@@ -43,9 +43,12 @@ def draw_plots(result: Path, folder: Path, suffix: str = "svg") -> list[Path]:
     Raises:
         UsageError: nothing in `result` can be drawn.
     """
-    found = json.loads(result.read_text())
-    rows = [row for row in found["points"] if "step_ms" in row]
-    environment = found["environment"]
+    try:
+        found = json.loads(result.read_text())
+        rows = [row for row in found["points"] if "step_ms" in row]
+        environment = found["environment"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{result} is no result: write one with tq-inductor bench ({error})") from error
     where = environment.get("gpu") or f"CPU, {environment.get('cpu_threads')} threads"
     paths = []
     for name, (x, panel, label, value) in PLOTS.items():

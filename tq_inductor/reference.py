@@ -75,7 +75,7 @@ def store(
         return
     if beside.k_mean is not None:
         take_mean(beside.k_mean, k, seq_lens)
-        new_k = new_k.to(torch.float32) - beside.k_mean[rows]
+        new_k = new_k.to(torch.float32) - beside.k_mean[rows].to(torch.float32)
     codes, scales = encode_vectors(new_k, fmt.k_bits, k_rotation)
     views["k_rows"][pages, :, slots] = pack(codes, fmt.k_bits)
     views["k_scales"][pages, :, slots] = scales
@@ -127,7 +127,7 @@ def load(
         k = decode_vectors(unpack(k_rows, fmt.k_bits), k_scales, fmt.k_bits, k_rotation)
         v = decode_vectors(unpack(v_rows, fmt.v_bits), v_scales, fmt.v_bits, v_rotation)
         if beside.k_mean is not None:
-            k = k + beside.k_mean[:, :, None]
+            k = k + beside.k_mean[:, :, None].to(torch.float32)
     if block_table is not None:
         missing = has_no_page(block_table, fmt.page_size(cache.shape[-1]), max_len)[:, None, :, None]
         k, v = torch.where(missing, float("nan"), k), torch.where(missing, 0.0, v)
@@ -183,9 +183,9 @@ def attention_and_lse(
         `[B, H, q, Dv]`, and the natural logarithm of the softmax's denominator `[B, H, q]`, sinks included;
         -inf where that is 0.
     """
-    kv_heads = k.shape[1]
-    grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, Hkv, group * q, D]: no head is copied
-    scores = (grouped @ k.transpose(-1, -2) * scale).view(*q.shape[:-1], -1)
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    grouped = q.unflatten(1, groups).flatten(2, 3)  # [B, Hkv, group * q, D]: no head is copied
+    scores = (grouped @ k.transpose(-1, -2) * scale).view(*q.shape[:-1], k.shape[2])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -198,8 +198,8 @@ def attention_and_lse(
     weights = torch.where(peak.isneginf(), 0.0, (scores - peak).exp())
     total = weights.sum(-1, keepdim=True)
     weights = (weights / total.clamp(min=torch.finfo(q.dtype).tiny))[..., : k.shape[2]]
-    out = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ v
-    return out.view(*q.shape[:-1], -1), (peak + total.log()).squeeze(-1)
+    out = weights.unflatten(1, groups).flatten(2, 3) @ v
+    return out.view(*q.shape[:-1], v.shape[-1]), (peak + total.log()).squeeze(-1)
 
 
 def visible_keys(
@@ -251,7 +251,7 @@ def dequantize(
     own: Chunk | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[B, Hkv, max_len, D]` of `dtype`; zero past `seq_lens`, NaN if overfull."""
-    filled = min(int(seq_lens.max()), max_len)
+    filled = min(max(seq_lens.reshape(-1).tolist(), default=0), max_len)
     outputs = []
     for x in load(cache, seq_lens, k_rotation, v_rotation, fmt, filled, beside, block_table, own):
         padded = F.pad(x.to(dtype), (0, 0, 0, max_len - filled))

@@ -8,6 +8,8 @@ tokens that do not fit are dropped and the cache then reads as NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -142,8 +144,7 @@ class PackedStorage:
         """Raise `CacheMismatchError` unless k and v are `[B, Hkv, q, D]` as this storage takes them."""
         batch_size, num_kv_heads, _ = self.packed.shape
         for name, x, dim in (("k", k, self.format.head_dim), ("v", v, self.format.v_head_dim)):
-            expected = [batch_size, num_kv_heads, k.shape[-2], dim]
-            if x.dim() != 4 or list(x.shape) != expected:
+            if x.dim() != 4 or list(x.shape) != [batch_size, num_kv_heads, k.shape[2], dim]:
                 raise CacheMismatchError(
                     f"{name} has shape {list(x.shape)}, but this cache takes [batch_size={batch_size}, "
                     f"num_kv_heads={num_kv_heads}, new tokens (as many in k as in v), head_dim={dim}]. "
@@ -235,8 +236,12 @@ class PackedKVCache(PackedStorage, nn.Module):
         dtype: of the keys and values taken and returned.
         v_head_dim: head dimension of values; that of keys unless given.
 
+    The module moves between devices with the model that it is part of; its dtypes stay, whatever the model
+    is cast to.
+
     Raises:
         FormatError: a format or head dimension that cannot be stored.
+        ValueError: no rows, heads or tokens.
     """
 
     def __init__(
@@ -252,6 +257,10 @@ class PackedKVCache(PackedStorage, nn.Module):
         v_head_dim: int | None = None,
     ) -> None:
         fmt = KVFormat(kv_format, head_dim, v_head_dim or head_dim)
+        sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "max_len": max_len}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         super().__init__()
         for name in ("packed", "seq_length", "k_rotation", "v_rotation", "k_mean", "exact", "exact_from"):
             self.register_buffer(name, None, persistent=False)
@@ -271,6 +280,14 @@ class PackedKVCache(PackedStorage, nn.Module):
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.clear()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedKVCache:
+        # What `.half()` or `.to(dtype)` of a model rounds are its weights, not a rotation or the format.
+        def moved(buffer: torch.Tensor) -> torch.Tensor:
+            other = fn(buffer)
+            return other if other.dtype == buffer.dtype else buffer.to(other.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

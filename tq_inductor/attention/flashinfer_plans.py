@@ -23,9 +23,7 @@ from torch.nn import functional as F
 from .arguments import VarlenArguments
 from .flashinfer_modules import Module, announce
 
-WORKSPACE_BYTES = (
-    384 << 20
-)  # in CUDA graphs keys are always split: 1000 decoding sequences, 32 heads of 128
+WORKSPACE_BYTES = 384 << 20  # in CUDA graphs keys are always split: 1000 decoding rows, 32 heads of 128
 PLAN = "tq_inductor.attention.flashinfer.plan"
 NOT_PLANNED = (
     "flashinfer: a CUDA graph is captured, where lengths cannot be read, and nothing is planned: call "
