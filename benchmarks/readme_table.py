@@ -19,7 +19,7 @@ START, END = "<!-- table: benchmarks/readme_table.py -->\n", "<!-- end of table 
 def table() -> str:
     """Markdown: memory, quality and speed of each cache format that was measured."""
     results = ROOT / "benchmarks" / "results"
-    reading = json.loads((results / "reading.json").read_text())["formats"]
+    quality = json.loads((results / "quality_formats.json").read_text())["schemes"]
     decode = json.loads((results / "decode.json").read_text())
     first = decode["shapes"][0]
     shape = f"batch {first['batch']}, {first['length']:,} tokens"
@@ -29,14 +29,13 @@ def table() -> str:
         "|---|---|---|---|---|",
         f"| bf16, cuDNN's attention | 512 | 1.00x | | {first['cudnn_bf16']['median_us']:.0f} µs |",
     ]
-    for name in ("bf16", "k8v4", "k4v4", "k2v2"):
+    for name in ("bf16", "k8v4", "k4v4", "k3v3", "k2v2"):
         fmt = KVFormat(name, 128)
-        row, time = reading[name], first[name]["median_us"]
-        quality = f"{row['bits_per_byte']:.3f}"
-        if name != "bf16":
-            quality += f" ({100 * row['more_than_bf16'] / reading['bf16']['bits_per_byte']:+.1f}%)"
+        lossless = name == "bf16"
+        row, time = quality[name if lossless else f"TurboQuantCache {name}"], first[name]["median_us"]
+        bits = f"{row['bits_per_byte']:.3f}" + ("" if lossless else f" ({row['delta_percent']:+.1f}%)")
         memory = f"{1 / fmt.compression:.2f}x"
-        lines.append(f"| {name} | {fmt.slot_bytes} | {memory} | {quality} | {time:.0f} µs |")
+        lines.append(f"| {name} | {fmt.slot_bytes} | {memory} | {bits} | {time:.0f} µs |")
     return "\n".join([*lines, "", *_steps(), "", *_prefill()]) + "\n"
 
 

@@ -388,7 +388,7 @@ def test_layers_with_keys_of_different_sizes():
     cache = TurboQuantCache(model.config, MAX_LEN, max_batch_size=2, device="cpu")
     sliding, packed = cache.layers
     assert sliding.keys.shape == (2, 2, 8, 16)
-    beside = 2 * 32 * 4  # a mean: float32
+    beside = 2 * (32 + 16 * 2 * 32) * 4  # a mean, 4 + 12 exact tokens: float32
     assert packed.nbytes == KVFormat("k4v4", 32).cache_bytes(2, 1, MAX_LEN) + beside
     expected = generate(model, TurboQuantCache(model.config, MAX_LEN), padded_batch())
     assert torch.equal(generate(model, cache, padded_batch()), expected)

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from .cache_layers import AnnouncedLength, SlidingLayer, TurboQuantLayer, UncompiledLayer
 from .errors import UnsupportedModelError
 from .format import KVFormat
-from .layer_formats import layer_formats
+from .layer_formats import exact_tokens, layer_formats
 from .storage import check_room
 
 log = logging.getLogger("tq_inductor.cache")
@@ -46,9 +46,11 @@ def _check_sizes(**given: int | None) -> None:
             raise ValueError(f"{name}={size} must be a whole number, at least 1")
 
 
-def _check_exact_tokens(formats: list[str], **given: int) -> None:
+def _check_exact_tokens(formats: list[str], **given: int | None) -> None:
     lossless = all(KVFormat(name).is_lossless for name in formats)
     for name, count in given.items():
+        if count is None:
+            continue
         if count < 0:
             raise ValueError(f"{name}={count} must not be negative")
         if count and lossless:
@@ -68,8 +70,9 @@ class TurboQuantCache(Cache):
             known to lose little, else k8v4; `layer_formats.safe_format` says when, the log why.
         skip_layers: indices of layers to keep in 16 bits (negative ones count from the end).
         sink_tokens, recent_tokens: how many of the first and of the last tokens packed layers keep as they
-            came besides. None unless given, since a step's attention then takes 2 to 34% longer; 4 and 32
-            (at 2 bits 128) remove most of what packing costs in quality: see docs/quality.md.
+            came besides, which removes most of what packing costs in quality (docs/quality.md). By
+            default a layer's format decides: 4 and 12 where keys or values have 4 bits, 4 and 28 at 3,
+            4 and 124 at 2, none at 8 bits; 0 for none. A cache of fewer tokens keeps all of them.
         max_batch_size: if given, buffers are allocated now and not at the first forward; best for
             CUDA graphs.
         device, dtype: of these buffers; default: CUDA if there is one, and the config's dtype.
@@ -87,8 +90,8 @@ class TurboQuantCache(Cache):
         *,
         kv_format: str | Sequence[str] = "k4v4",
         skip_layers: Iterable[int] = (),
-        sink_tokens: int = 0,
-        recent_tokens: int = 0,
+        sink_tokens: int | None = None,
+        recent_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_batch_size: int | None = None,
@@ -105,7 +108,6 @@ class TurboQuantCache(Cache):
         head_dims = [_head_dim(layer) for layer in decoder.per_layer_config][: len(layers)]
         formats = layer_formats(kv_format, decoder, head_dims)
         _check_exact_tokens(formats, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-        exact_tokens = (sink_tokens, recent_tokens)
         skipped = self._skipped(skip_layers, len(layers))
         sixteen_bit = SIXTEEN_BIT.get(dtype or getattr(decoder, "dtype", None) or torch.bfloat16, "bf16")
         # Multi-head latent attention caches latents, from which keys are made only after the cache.
@@ -116,7 +118,7 @@ class TurboQuantCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is StaticLayer:
                 name = sixteen_bit if latent or i in skipped else formats[i]
-                beside = () if KVFormat(name).is_lossless else exact_tokens
+                beside = exact_tokens(name, sink_tokens, recent_tokens)
                 layers[i] = make_layer(max_cache_len, name, announced, *beside)
             elif type(layer) is StaticSlidingWindowLayer:
                 layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len)

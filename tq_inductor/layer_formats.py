@@ -1,5 +1,7 @@
 """Which format each layer of a cache gets: one for all, one for each (see `calibrate`), or "auto".
 
+And how many tokens it keeps as they came besides: few bits need more of them.
+
 "auto" is for a model that nobody has measured. It knows the config only, and gives up bytes where four bits
 may cost much (docs/quality.md): keys whose channels have large means, which come with a bias of k_proj, and
 short heads, where a vector has few coordinates to spread its energy over.
@@ -19,6 +21,9 @@ from .format import KVFormat
 log = logging.getLogger("tq_inductor.cache")
 
 SAFE, SMALL = "k8v4", "k4v4"
+# By the fewer bits of keys and values: the first and the last tokens that are kept as they came. As few as
+# bring the demo model near the exact cache (docs/quality.md), in whole pieces of 16, as kernels read them.
+EXACT_TOKENS = {2: (4, 124), 3: (4, 28), 4: (4, 12)}
 LEAST_HEAD_DIM = 128  # from which on keys of four bits are taken to be safe
 
 
@@ -38,6 +43,21 @@ def safe_format(config: Any, head_dims: Sequence[int | None]) -> tuple[str, str]
     if smallest < LEAST_HEAD_DIM:
         return SAFE, f"its head dimension is {smallest}: below {LEAST_HEAD_DIM} 4-bit keys lose more"
     return SMALL, f"its keys have no bias and its head dimension is {smallest}"
+
+
+def exact_tokens(name: str, sink_tokens: int | None, recent_tokens: int | None) -> tuple[int, int]:
+    """How many of the first and of the last tokens a layer of this format keeps as they came.
+
+    None: as many as the format needs, which is none of 8 bits. Of a lossless format all are as they came.
+    """
+    fmt = KVFormat(name)
+    if fmt.is_lossless:
+        return 0, 0
+    sinks, recent = EXACT_TOKENS.get(min(fmt.k_bits, fmt.v_bits), (0, 0))
+    return (
+        sinks if sink_tokens is None else sink_tokens,
+        recent if recent_tokens is None else recent_tokens,
+    )
 
 
 def read_policy(path: Path) -> list[str]:

@@ -37,8 +37,8 @@ class TurboQuantLM(HFLM):
         self,
         *args: Any,
         kv_format: str = "k4v4",
-        sink_tokens: int = 0,
-        recent_tokens: int = 0,
+        sink_tokens: int | None = None,
+        recent_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.kv_format = read_policy(Path(kv_format)) if kv_format.endswith(".json") else kv_format

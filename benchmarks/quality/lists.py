@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tq_inductor.layer_formats import exact_tokens
+
 from .schemes import Scheme
 
 EXACT = Scheme("exact", "exact", "exact")
@@ -14,17 +16,26 @@ def packed(name: str) -> Scheme:
     return Scheme(name, name[1], name[3])
 
 
-def cached(name: str, sinks: int = 0, recent: int = 0) -> Scheme:
-    """A `TurboQuantCache` of a format as it is, read token by token."""
+def cached(name: str, sinks: int | None = None, recent: int | None = None) -> Scheme:
+    """A `TurboQuantCache` of a format, read token by token; None: its own number of exact tokens."""
     given = {"sink_tokens": sinks, "recent_tokens": recent}
-    label = ", ".join([f"TurboQuantCache {name}", *(f"{key}={n}" for key, n in given.items() if n)])
+    changes = [f"{key}={n}" for key, n in given.items() if n is not None]
+    label = ", ".join([f"TurboQuantCache {name}", *changes])
+    sinks, recent = exact_tokens(name, sinks, recent)
     return Scheme(label, name[1], name[3], sinks=sinks, recent=recent, cache=name)
 
 
+def cached_without(name: str) -> Scheme:
+    """The same without exact tokens."""
+    return cached(name, sinks=0, recent=0)
+
+
+NAMES = ("k8v4", "k4v4", "k3v3", "k2v2")
 CACHES = (
-    *map(cached, ("k8v4", "k4v4", "k3v3", "k2v2")),
-    cached("k4v4", sinks=4, recent=32),
-    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
+    *map(cached, NAMES),
+    cached("k4v4", recent=124),
+    cached("k3v3", recent=124),
+    *map(cached_without, NAMES),
 )
 VLLM = (
     Scheme("vLLM k8v4", "fp8", "minmax4"),
@@ -43,12 +54,12 @@ FORMATS = (
 LARGE_BIAS = (
     FORMATS[1],
     *map(packed, ("k4v4", "k3v3")),
-    *map(cached, ("k8v4", "k4v4", "k3v3")),
-    *(cached(name, recent=128) for name in ("k3v3", "k2v2")),
+    *map(cached, NAMES),
+    *map(cached_without, ("k4v4", "k3v3")),
     VLLM[1],
     VLLM[3],
 )
-RECALL = (*map(cached, ("k4v4", "k3v3", "k2v2")), cached("k2v2", recent=128), VLLM[1])
+RECALL = (*map(cached, NAMES[1:]), *map(cached_without, NAMES[1:]), VLLM[1])
 
 
 def changed(base: str, label: str, **changes: object) -> Scheme:
