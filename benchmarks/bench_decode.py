@@ -4,9 +4,10 @@
 
 A step of ours appends the new token, rotates queries and output, and reduces the splits; cuDNN's only
 attends. Needs an NVIDIA GPU. Writes `decode.json`: medians of CUDA-graph replays over caches that together
-exceed the L2 cache, the spread, copy bandwidth, the ratio of each to cuDNN, the same with exact tokens
-beside the packed ones, what caches that are filled to a quarter take of the time of full ones, and other
-packages' attention over 16-bit and fp8 caches. `decode_plot.py` draws it.
+exceed the L2 cache, the spread, copy bandwidth, the ratio of each to cuDNN, what caches that are filled to
+a quarter take of the time of full ones, and other packages' attention over 16-bit and fp8 caches. Caches
+keep the exact tokens that a `TurboQuantCache` of their format does by default, but those called
+"k4v4-exact" and the like. `decode_plot.py` draws it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tq_inductor import KVFormat
+from tq_inductor.layer_formats import exact_tokens
 from tq_inductor.storage import PackedStorage
 
 
@@ -35,8 +37,11 @@ class Shape(NamedTuple):
     head_dim: int = 128
 
 
-EXACT_TOKENS = (4, 32)  # the first and the last, as `TurboQuantCache` keeps them
-FORMATS = ("k8v8", "k8v4", "k4v4", "k4v4+exact", "k4v2", "k3v3", "k2v2", "bf16")
+WITHOUT = "-exact"
+FORMATS = (
+    *("k8v8", "k8v4", "k4v4", "k3v3", "k2v2", "bf16"),
+    *(name + WITHOUT for name in ("k4v4", "k4v2", "k3v3", "k2v2")),
+)
 SHAPES = (
     *(Shape(*sizes) for sizes in ((8, 32768), (1, 131072), (32, 8192), (64, 4096))),
     *(Shape(1, length) for length in (2048, 4096, 8192, 32768)),
@@ -52,9 +57,11 @@ PEER_SHAPES = (Shape(8, 32768), Shape(64, 4096), Shape(1, 32768))
 FLOOR_TERABYTES = 4.3  # per second: what cuDNN reads its bytes at
 
 
-def filled_cache(name: str, shape: Shape, length: int, exact: tuple[int, int]) -> PackedStorage:
+def filled_cache(name: str, shape: Shape, length: int) -> PackedStorage:
     """A cache of random bytes with `length` tokens: codes of any value, scales of a few magnitudes."""
     cache = PackedStorage()
+    name, without, _ = name.partition(WITHOUT)
+    exact = (0, 0) if without else exact_tokens(name, None, None)
     fmt = KVFormat(name, shape.head_dim)
     cache.allocate(fmt, shape.batch, shape.kv_heads, shape.length, torch.bfloat16, "cuda", *exact)
     cache.packed.random_(0, 64)  # as bf16 and as scales these bytes are small finite numbers
@@ -62,23 +69,22 @@ def filled_cache(name: str, shape: Shape, length: int, exact: tuple[int, int]) -
     return cache
 
 
-def time_cache(
-    name: str, shape: Shape, filled: float = 1.0, exact: tuple[int, int] = (0, 0)
-) -> dict[str, float]:
-    """Time of one step over caches that are `filled` to this fraction, with `exact` tokens beside."""
+def time_cache(name: str, shape: Shape, filled: float = 1.0) -> dict[str, float]:
+    """Time of one step over caches that are `filled` to this fraction."""
     batch, length, heads, kv_heads, dim = shape
     q = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
     new = torch.randn(batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
     tokens = int(length * filled)
-    nbytes = KVFormat(name, dim).cache_bytes(batch, kv_heads, tokens)
+    fmt = KVFormat(name.removesuffix(WITHOUT), dim)
+    nbytes = fmt.cache_bytes(batch, kv_heads, tokens)
 
     def step(cache: PackedStorage) -> torch.Tensor:
         return torch.ops.tq_inductor.tq_append_attend(
             cache.packed, q, new, new, cache.seq_length, cache.k_rotation, cache.v_rotation,
-            None, None, None, name, length, dim**-0.5, *cache._beside,
+            None, None, None, fmt.name, length, dim**-0.5, *cache._beside,
         )  # fmt: skip
 
-    caches = [filled_cache(name, shape, tokens, exact) for _ in range(-(-COLD_BYTES // nbytes))]
+    caches = [filled_cache(name, shape, tokens) for _ in range(-(-COLD_BYTES // nbytes))]
     times = replay_times([lambda cache=cache: step(cache) for cache in caches])
     times["gigabytes_per_second"] = round(nbytes / times["median_us"] / 1e3, 1)
     times["share_of_floor"] = round(nbytes / FLOOR_TERABYTES / 1e6 / times["median_us"], 3)
@@ -104,8 +110,7 @@ def time_shape(shape: Shape, formats: tuple[str, ...]) -> dict[str, Any]:
     """Times of `formats` and of cuDNN for one shape."""
     row: dict[str, Any] = {**shape._asdict(), "cudnn_bf16": time_cudnn(shape)}
     for name in formats:
-        base, _, exact = name.partition("+")
-        row[name] = times = time_cache(base, shape, exact=EXACT_TOKENS if exact else (0, 0))
+        row[name] = times = time_cache(name, shape)
         times["speed_vs_cudnn"] = round(row["cudnn_bf16"]["median_us"] / times["median_us"], 3)
         print(f"{tuple(shape)} {name}: {times}", flush=True)
     return row
