@@ -20,9 +20,11 @@ from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.exact import exact_work
+from tq_inductor.kernels.prefill_pieces import piece_kernel, tile_of
 from tq_inductor.kernels.store import store, store_arguments
 from tq_inductor.kernels.store_prompt import store_prompt
 from tq_inductor.kernels.varlen import varlen_attention
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Target -> bytes of shared memory that a block may have.
 TARGETS = {
@@ -92,15 +94,18 @@ def record_launches() -> list[tuple]:
             arguments = (cache, new_k, new_v, lens, *rotations(case, "cpu"), fmt, empty_beside(case), None)
             store_prompt(*store_arguments(*arguments), new_k, fmt)
         bounds = torch.zeros(2, 129, 4, dtype=torch.int32)
-        for name, dim, visible, cap, page in (
-            ("k4v4", 128, (None, None), None, 0),
-            ("k4v4", 128, (mask, bounds), 50.0, 0),
-            ("k3v8", 256, (None, None), None, 0),
-            ("k4v4", 128, (None, None), None, 64),
+        for name, dim, visible, cap, page, q_len in (
+            ("k4v4", 128, (None, None), None, 0, 129),
+            ("k4v4", 128, (mask, bounds), 50.0, 0, 129),
+            ("k3v8", 256, (None, None), None, 0, 129),
+            ("k4v4", 128, (None, None), None, 0, 33),
+            ("k4v4", 128, (mask, bounds[:, :33]), 50.0, 0, 33),
+            ("k3v8", 256, (None, None), None, 0, 33),
+            ("k4v4", 128, (None, None), None, 64, 129),
         ):
             case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32), page=page)
             cache, lens, turns = garbage_cache(case, "cpu"), lengths(case, "cpu"), rotations(case, "cpu")
-            q_rows, new = (torch.zeros(2, heads, 129, dim, dtype=BF16) for heads in (8, 2))
+            q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             last = (case.format, 4096, 0.1, empty_beside(case), cap, block_table(case, "cpu"), True)
             append_and_attend(cache, q_rows, new, new, lens, *turns, *visible, None, *last)
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
@@ -127,6 +132,12 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
         kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
     if "COPIES" in kwargs and target[0] == "hip":
         options["num_stages"] = 2
+    if kernel is piece_kernel:
+        tile = tile_of(
+            max(kwargs["K_DIM"], kwargs["V_DIM"]), TARGETS[target] > 99 << 10, kwargs["MASK"] != 0
+        )
+        options |= {name: tile.pop(name) for name in names if name in tile}
+        kwargs = kwargs | tile
     if "K_ASM" in kwargs and not kernel.is_gluon():
         native = target[0] == "cuda" and target[1] >= 89
         asm = {f"{side}_ASM": unpack_asm(kwargs[f"{side}_BITS"]) if native else "" for side in "KV"}
@@ -137,7 +148,11 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     signature, constants, attributes = {}, {}, {}
     for index, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = (
+                f"tensordesc<{types[value.base.dtype]}{[kwargs['BLOCK_N'], *value.block_shape[1:]]}>"
+            )
+        elif isinstance(value, torch.Tensor):
             signature[name] = "*" + types[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif param.is_constexpr or value == 1:
@@ -160,7 +175,7 @@ def main(names_of_targets: list[str]) -> int:
     for kernel, args, kwargs in record_launches():
         names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "EXACT_ROWS")
         names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
-        names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN"} else ()
+        names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN", "HAS_WHOLE"} else ()
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0

@@ -67,6 +67,10 @@ MAY_IMPORT = {
         ),
         *("kernels.scores", "beside", "format"),
     ],
+    "kernels.prefill_pieces": [
+        *("kernels.bits", "kernels.centroids", "kernels.decode_query", "kernels.decode_reduce"),
+        *("kernels.exact", "kernels.prefill", "kernels.scores", "beside", "format"),
+    ],
     "kernels.append": ["kernels.*", "beside", "format", "results"],
     "kernels.decode_tile": ["kernels.bits", "kernels.decode_rows", "kernels.pages", "kernels.scores"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format", "results"],
