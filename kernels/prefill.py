@@ -26,8 +26,8 @@ from .scores import NO_MASK, has_whole, load_mask, mask_arguments, soften, squas
 
 PROGRAMS_PER_SM = 2
 DIMS = (64, 128, 256)
-# Weights are at most 1: times this, those of tiny scales too keep their digits in float16.
-WEIGHT_UNIT = tl.constexpr(2.0**15)
+# Weights are at most 1: times this, 2 to these bits, small ones too keep their digits in float16.
+WEIGHT_UNIT, WEIGHT_BITS = tl.constexpr(2.0**15), tl.constexpr(15.0)
 
 
 @triton.jit

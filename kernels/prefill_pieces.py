@@ -11,6 +11,8 @@ Bytes: the packed rows once, the workspace once written and once read for each b
 second-level cache where they fit), partials read and written once a piece.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,16 @@ from .centroids import asm_for, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
-from .prefill import WEIGHT_UNIT, empty_partials, load_keys, load_values, visible_prefix, whole_slots
+from .prefill import (
+    WEIGHT_BITS,
+    WEIGHT_UNIT,
+    empty_partials,
+    load_keys,
+    load_values,
+    visible_prefix,
+    whole_slots,
+)
+from .prefill_wgmma import WGMMA_TILE, describe, has_wgmma, wgmma_piece_kernel
 from .scores import FLOAT_MASK, NO_MASK, has_whole, load_mask, mask_arguments, squash
 
 WORKSPACE = 64 << 20  # bytes, whatever the context is
@@ -35,19 +46,18 @@ ALIGNMENT = tl.constexpr(128)  # of pieces, in tokens: whole tiles of both kerne
 UNPACK_TILE = 64  # tokens
 UNPACK_PROGRAMS_PER_SM = 6  # each reads all scales of the piece first
 RANGE = tl.constexpr(64.0)  # times the largest centroid, 448: near the end of float16
-WEIGHT_BITS = tl.constexpr(
-    15.0
-)  # weights are at most 2 to this, `WEIGHT_UNIT`: small ones keep their digits
 
 
 @triton.jit
-def largest_scale(scale_ptr, count, BLOCK: tl.constexpr):
+def largest_scale(scale_ptr, count, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """The largest finite magnitude of `count` scales; 1 if all are zero."""
     largest = 0.0
     for start in range(0, count, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        scale = tl.abs(tl.load(scale_ptr + place, mask=place < count, other=0.0).to(tl.float32))
-        largest = tl.maximum(largest, tl.max(tl.where(scale < float("inf"), scale, 0.0), axis=0))
+        # A mask per group of tokens, for wide loads.
+        scale = tl.load(scale_ptr + place, mask=place // GROUP * GROUP < count, other=0.0).to(tl.float32)
+        counts = (place < count) & (tl.abs(scale) < float("inf"))
+        largest = tl.maximum(largest, tl.max(tl.where(counts, tl.abs(scale), 0.0), axis=0))
     return tl.where(largest > 0.0, tl.maximum(largest, TINY * 2.0**60), 1.0)
 
 
@@ -61,7 +71,7 @@ def unpack_side(
     scale_ptr = scale_ptr.to(tl.pointer_type(tl.bfloat16)) + first
     rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
     count = tl.minimum(filled - first, piece)
-    unit = largest_scale(scale_ptr, count, 4096) / RANGE
+    unit = largest_scale(scale_ptr, count, GROUP, 4096) / RANGE
     if begin == 0:
         tl.store(unit_ptr, unit)
     dims = tl.arange(0, DIM)
@@ -74,8 +84,9 @@ def unpack_side(
             x = load_values(rows_ptr, first + start, filled, BITS, LO, HI, TABLE, DIM, GROUP, BLOCK_N, ASM)
         else:
             x = load_keys(rows_ptr, first + start, filled, BITS, LO, HI, TABLE, DIM, BLOCK_N, ASM)
-        # Stale bytes of 8 bits may be NaN, which no scale of zero hides.
-        x = tl.where(known[:, None], x.to(tl.float32) * scale[:, None], 0.0)
+        x = x.to(tl.float32) * scale[:, None]
+        if BITS == 8:  # stale bytes may be NaN, which no scale of zero hides
+            x = tl.where(known[:, None], x, 0.0)
         tl.store(out_ptr + place[:, None] * DIM + dims[None, :], x.to(tl.float16))
 
 
@@ -114,10 +125,10 @@ def unpack_kernel(
 
 @triton.jit(do_not_specialize=["batch_from"])
 def piece_kernel(
-    q_ptr, factor_ptr, mean_score_ptr, k_tiles, v_tiles, unit_ptr, seq_lens_ptr, exact_from_ptr,
-    bounds_ptr, mask_ptr, partial_ptr, log_ptr, lens_stride, from_stride, bounds_stride_b, bounds_stride_t,
-    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n, q_len, own, max_len, batch_from, first,
-    piece, splits, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr,
+    q_ptr, factor_ptr, k_tiles, v_tiles, unit_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr,
+    log_ptr, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, q_len, own, max_len, batch_from,
+    first, piece, splits, mean_score_ptr, mask_ptr, mask_stride_b, mask_stride_h, mask_stride_t,
+    mask_stride_n, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr,
     RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr,
     HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -218,13 +229,13 @@ def split_workspace(fmt: KVFormat, batch: int, kv_heads: int, max_len: int) -> t
     return together, min(all_tokens, max(align, room // together // align * align))
 
 
-def tile_of(dim: int, roomy: bool, masked: bool) -> dict[str, int]:
-    """Sizes of a program of `piece_kernel`; `roomy`: it may have more than 99 KiB of shared memory."""
+def tile_of(dim: int, roomy: bool, masked: bool) -> tuple[int, int]:
+    """`(BLOCK_M, BLOCK_N)` of `piece_kernel`; `roomy`: it may have more than 99 KiB of shared memory."""
     large = dim > 128
-    block_m, block_n = (128, 32 if large else 64) if roomy or not large else (64, 32)
-    if roomy and not masked:  # with a mask there are too few registers
-        block_n *= 2
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2)
+    if not roomy:
+        return (64, 32) if large else (128, 64)
+    block_n = 64 if large else 128
+    return 128, block_n // 2 if masked else block_n  # with a mask there are too few registers
 
 
 def is_roomy(device: torch.device) -> bool:
@@ -242,45 +253,61 @@ def attend_by_pieces(
     """`prefill.attend_to_prefix`, with at most `WORKSPACE` bytes more."""
     queries, factors, mean_scores = rotated
     batch, kv_heads, rows, _ = queries.shape
-    sms, dims = sm_count(queries.device), (fmt.head_dim, fmt.v_head_dim)
-    tile = tile_of(max(dims), is_roomy(q.device), attn_mask is not None)
-    blocks = triton.cdiv(rows, tile["BLOCK_M"])
+    dims, group = (fmt.head_dim, fmt.v_head_dim), rows // q.shape[2]
     together, piece = split_workspace(fmt, batch, kv_heads, max_len)
-    splits = whole_waves(together * kv_heads * blocks, piece // tile["BLOCK_N"], sms)
-    partial, logs = empty_partials(queries, splits, fmt.v_head_dim)
-    k, v = (queries.new_empty((together, kv_heads, piece, dim)) for dim in dims)
-    tiles = [TensorDescriptor.from_tensor(x.flatten(0, 2), [tile["BLOCK_N"], x.shape[3]]) for x in (k, v)]
+    k, v = (queries.new_empty((together * kv_heads * piece, dim)) for dim in dims)
     units = factors.new_empty((together, kv_heads, 2))
+    lens_stride, exact_from = seq_lens.expand(batch).stride(0), beside.exact_from
     _, v_rows, k_scales, v_scales = fmt.planes(fmt.page_size(cache.shape[-1]))
     (k_lo, k_hi), (v_lo, v_hi) = magnitude_words(fmt.k_bits), magnitude_words(fmt.v_bits)
-    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
-    lens_stride, exact_from = seq_lens.expand(batch).stride(0), beside.exact_from
-    unpack_tiles = 2 * together * kv_heads * piece // UNPACK_TILE
-    run = triton.cdiv(unpack_tiles, UNPACK_PROGRAMS_PER_SM * sms) * UNPACK_TILE
+    codes = dict(
+        K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
+        K_TABLE=lookup_words(fmt.k_bits)[0], V_TABLE=lookup_words(fmt.v_bits)[0],
+        K_ASM=asm_for(fmt.k_bits, q.device), V_ASM=asm_for(fmt.v_bits, q.device), K_DIM=fmt.head_dim,
+        V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK_N=UNPACK_TILE, num_warps=4,
+    )  # fmt: skip
+    sms = sm_count(queries.device)
+    run = (
+        triton.cdiv(2 * together * kv_heads * piece, UNPACK_TILE * UNPACK_PROGRAMS_PER_SM * sms)
+        * UNPACK_TILE
+    )
+
+    visible = dict(
+        K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, HEADS=group, SINKS=beside.sink_tokens,
+        RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None,
+    )  # fmt: skip
+    kernel: Any = piece_kernel
+    if has_wgmma(q.device) and max(dims) <= 128 and attn_mask is None and not softcap:
+        kernel, (block_m, block_n) = wgmma_piece_kernel, WGMMA_TILE
+        tiles, others, constants = [describe(x) for x in (k, v)], (), dict(num_warps=8)
+    else:
+        kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
+        block_m, block_n = tile_of(max(dims), is_roomy(q.device), attn_mask is not None)
+        tiles = [TensorDescriptor.from_tensor(x, [block_n, x.shape[1]]) for x in (k, v)]
+        others = (factors if mean_scores is None else mean_scores, mask, *mask_strides)
+        constants = dict(
+            HAS_WHOLE=has_whole(bounds, kind), MASK=kind, HAS_MEAN=mean_scores is not None,
+            SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2,
+        )  # fmt: skip
+    blocks = triton.cdiv(rows, block_m)
+    splits = whole_waves(together * kv_heads * blocks, piece // block_n, sms)
+    partial, logs = empty_partials(queries, splits, fmt.v_head_dim)
     for batch_from in range(0, batch, together):
         count = min(together, batch - batch_from)
         for first in range(0, max(1, max_len - own), piece):
             unpack_kernel[(triton.cdiv(piece, run), 2, count * kv_heads)](
                 cache, seq_lens, k, v, units, *cache.stride()[:2], lens_stride, v_rows.offset,
-                k_scales.offset, v_scales.offset, kv_heads, batch_from, own, max_len, first, piece,
-                run, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo,
-                V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0], V_TABLE=lookup_words(fmt.v_bits)[0],
-                K_ASM=asm_for(fmt.k_bits, q.device), V_ASM=asm_for(fmt.v_bits, q.device),
-                K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK_N=UNPACK_TILE,
-                num_warps=4,
+                k_scales.offset, v_scales.offset, kv_heads, batch_from, own, max_len, first, piece, run,
+                **codes,
             )  # fmt: skip
-            piece_kernel[(splits * blocks, kv_heads, count)](
-                queries, factors, factors if mean_scores is None else mean_scores, *tiles, units, seq_lens,
-                seq_lens if exact_from is None else exact_from, seq_lens if bounds is None else bounds,
-                mask, partial, logs, lens_stride,
+            kernel[(splits * blocks, kv_heads, count)](
+                queries, factors, *tiles, units, seq_lens, seq_lens if exact_from is None else exact_from,
+                seq_lens if bounds is None else bounds, partial, logs, lens_stride,
                 0 if exact_from is None else exact_from.expand(batch).stride(0),
-                *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q.shape[2], own,
-                max_len, batch_from, first, piece, splits, K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim,
-                HEADS=rows // q.shape[2], SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-                HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
-                HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, **tile,
+                *((0, 0) if bounds is None else bounds.stride()[:2]), q.shape[2], own, max_len, batch_from,
+                first, piece, splits, *others, **visible, **constants,
             )  # fmt: skip
     reduce_splits(
-        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, rows // q.shape[2], max_len,
-        scale, None if softcap else beside.k_mean, lse, parts,
+        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
+        None if softcap else beside.k_mean, lse, parts,
     )  # fmt: skip
