@@ -35,7 +35,7 @@ from .prefill import (
     whole_slots,
 )
 from .prefill_wgmma import WGMMA_TILE, describe, has_wgmma, wgmma_piece_kernel
-from .scores import FLOAT_MASK, NO_MASK, has_whole, load_mask, mask_arguments, squash
+from .scores import FLOAT_MASK, KEY_MASK, NO_MASK, has_whole, load_mask, mask_arguments, squash
 
 WORKSPACE = 64 << 20  # bytes, whatever the context is
 LEAST_ROWS = (
@@ -267,27 +267,25 @@ def attend_by_pieces(
         V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK_N=UNPACK_TILE, num_warps=4,
     )  # fmt: skip
     sms = sm_count(queries.device)
-    run = (
-        triton.cdiv(2 * together * kv_heads * piece, UNPACK_TILE * UNPACK_PROGRAMS_PER_SM * sms)
-        * UNPACK_TILE
-    )
-
+    unpack_tiles = 2 * together * kv_heads * piece // UNPACK_TILE
+    run = UNPACK_TILE * triton.cdiv(unpack_tiles, UNPACK_PROGRAMS_PER_SM * sms)
+    kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     visible = dict(
         K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, HEADS=group, SINKS=beside.sink_tokens,
-        RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None,
+        RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, kind),
     )  # fmt: skip
     kernel: Any = piece_kernel
-    if has_wgmma(q.device) and max(dims) <= 128 and attn_mask is None and not softcap:
+    if has_wgmma(q.device) and max(dims) <= 128 and kind in (NO_MASK.value, KEY_MASK.value) and not softcap:
         kernel, (block_m, block_n) = wgmma_piece_kernel, WGMMA_TILE
-        tiles, others, constants = [describe(x) for x in (k, v)], (), dict(num_warps=8)
+        tiles, others = [describe(x) for x in (k, v)], (mask, mask_strides[0], mask_strides[3])
+        constants = dict(HAS_MASK=attn_mask is not None, num_warps=8)
     else:
-        kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
         block_m, block_n = tile_of(max(dims), is_roomy(q.device), attn_mask is not None)
         tiles = [TensorDescriptor.from_tensor(x, [block_n, x.shape[1]]) for x in (k, v)]
         others = (factors if mean_scores is None else mean_scores, mask, *mask_strides)
         constants = dict(
-            HAS_WHOLE=has_whole(bounds, kind), MASK=kind, HAS_MEAN=mean_scores is not None,
-            SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2,
+            MASK=kind, HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, BLOCK_M=block_m,
+            BLOCK_N=block_n, num_warps=8, num_stages=2,
         )  # fmt: skip
     blocks = triton.cdiv(rows, block_m)
     splits = whole_waves(together * kv_heads * blocks, piece // block_n, sms)

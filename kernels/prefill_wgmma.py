@@ -1,4 +1,4 @@
-"""`prefill_pieces.piece_kernel` for wgmma (sm_90), without a mask or a softcap.
+"""`prefill_pieces.piece_kernel` for wgmma (sm_90): no softcap, and no mask but one over keys.
 
 While the weights of a tile are computed, the tensor cores multiply those of the one before with its values.
 Triton waits for a product whose result is used in the same iteration, so this is Gluon.
@@ -42,11 +42,15 @@ def issue(k_tiles, v_tiles, row, bars, k_buffers, v_buffers, stage, pred):
 
 
 @gluon.jit
-def weigh(s, start, low, high, whole_from, whole_to, factor, peak, total, SCORES: gl.constexpr):
+def weigh(s, start, sees, mask, factor, peak, total, HAS_MASK: gl.constexpr, SCORES: gl.constexpr):
     """A tile of the online softmax, base 2, of slots from `start`: (weights, decay, total, peak)."""
+    low, high, whole_from, whole_to, end = sees
     if (start < whole_from) | (start + BLOCK_N > whole_to):
         slot = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
+        if HAS_MASK:
+            let_through = gl.load(mask[0] + slot.to(gl.int64) * mask[1], mask=slot < end, other=0) != 0
+            visible = visible & let_through[None, :]
         s = gl.where(visible, s, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, axis=1) * factor)
     origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -59,8 +63,9 @@ def weigh(s, start, low, high, whole_from, whole_to, factor, peak, total, SCORES
 def wgmma_piece_kernel(
     q_ptr, factor_ptr, k_tiles, v_tiles, unit_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr,
     log_ptr, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, q_len, own, max_len, batch_from,
-    first, piece, splits, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
-    SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    first, piece, splits, mask_ptr, mask_stride_b, mask_stride_n, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
+    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    HAS_WHOLE: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """The arguments and results are `piece_kernel`'s."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
@@ -79,12 +84,13 @@ def wgmma_piece_kernel(
     valid = row < rows
     token = row // HEADS
     if HAS_BOUNDS:
-        b_ptr = bounds_ptr + batch * bounds_stride_b + token * bounds_stride_t
-        low = gl.maximum(gl.load(b_ptr, mask=valid, other=0), 0)
-        high = gl.minimum(gl.load(b_ptr + 1, mask=valid, other=0), max_len)
+        bounds_ptr += batch * bounds_stride_b + token * bounds_stride_t
+        low = gl.maximum(gl.load(bounds_ptr, mask=valid, other=0), 0)
+        high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
     else:
-        low = token * 0
-        high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
+        low, high = token * 0, token * 0 + max_len
+        if not HAS_MASK:  # the queries are the last tokens
+            high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
     high = gl.minimum(high, gl.minimum(seq_len - own, max_len).to(gl.int32))
     if SINKS + RECENT > 0:
         first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
@@ -101,8 +107,17 @@ def wgmma_piece_kernel(
         return
     group_row = (batch * gl.num_programs(1) + kv_head) * rows
     kv_row = gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)
+    # Slots that all rows see.
     whole_from = gl.max(gl.where(valid, low, 0), axis=0)
     whole_to = gl.min(gl.where(valid, high, max_len), axis=0)
+    if HAS_WHOLE:
+        whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
+        last = gl.load(bounds_ptr + 3, mask=valid, other=max_len)
+        whole_to = gl.minimum(whole_to, gl.min(last, axis=0))
+    elif HAS_MASK:
+        whole_to = whole_to * 0
+    sees = (low, high, whole_from, whole_to, end)
+    mask = (mask_ptr + batch * mask_stride_b, mask_stride_n)
     unit, v_unit = gl.load(unit_ptr + kv_row * 2), gl.load(unit_ptr + kv_row * 2 + 1)
     factor = gl.maximum(gl.load(factor_ptr + group_row + row, mask=valid, other=0.0) * unit, TINY)
 
@@ -144,9 +159,7 @@ def wgmma_piece_kernel(
         keys = k_buffers.index(STAGES - 1).permute((1, 0))
         s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
-        weights, decay, total, peak = weigh(
-            s, begin, low, high, whole_from, whole_to, factor, peak, total, SCORES
-        )
+        weights, decay, total, peak = weigh(s, begin, sees, mask, factor, peak, total, HAS_MASK, SCORES)
         p = gl.convert_layout(weights.to(gl.float16), WEIGHTS)
         mbarrier.wait(bars.index(0), 0)
         for i in range(0, n - 1):
@@ -161,7 +174,7 @@ def wgmma_piece_kernel(
             issue(k_tiles, v_tiles, row_of_stage, bars, k_buffers, v_buffers, stage, stage < n)
             s = warpgroup_mma_wait(1, [s])
             weights, decay, total, peak = weigh(
-                s, begin + (i + 1) * BLOCK_N, low, high, whole_from, whole_to, factor, peak, total, SCORES
+                s, begin + (i + 1) * BLOCK_N, sees, mask, factor, peak, total, HAS_MASK, SCORES
             )
             next_p = gl.convert_layout(weights.to(gl.float16), WEIGHTS)
             # The assembler may move what precedes a wait for products behind it, but not past this one.

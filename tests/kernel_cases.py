@@ -544,8 +544,8 @@ PIECES_GPU = [
         )
     ),
     *(
-        Case(name, heads=8, q_len=257, lens=(9000, 5000, 300), max_len=9216, softcap=cap)
-        for name in ("k4v4", "k8v8", "k3v3")
+        Case(name, 128, v_dim, heads=8, q_len=257, lens=(9000, 5000, 300), max_len=9216, softcap=cap)
+        for name, v_dim in (("k4v4", 128), ("k8v8", 128), ("k3v3", 64))
         for cap in (None, 20.0)
     ),
 ]

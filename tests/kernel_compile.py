@@ -99,6 +99,7 @@ def record_launches() -> list[tuple]:
         bounds = torch.zeros(2, 129, 4, dtype=torch.int32)
         for name, dim, visible, cap, page, q_len in (
             ("k4v4", 128, (None, None), None, 0, 129),
+            ("k4v4", 128, (mask, bounds), None, 0, 129),
             ("k4v4", 128, (mask, bounds), 50.0, 0, 129),
             ("k3v8", 256, (None, None), None, 0, 129),
             ("k4v4", 128, (None, None), None, 0, 33),
