@@ -12,7 +12,8 @@ Three launches (two for a lossless format):
    out: slots past the length (keys of zeros), and tokens that are there as they came.
 
 On a GPU that can, `decode_warp` takes the place of the first two for few rows, without a mask or with one
-over keys; `prefill` and `prefill_pieces` do for many tokens. `exact` and `unpacked` have what is there as it came.
+over keys; `prefill` and `prefill_pieces` do for many tokens. `exact` and `unpacked` have what is there as
+it came.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.

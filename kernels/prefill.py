@@ -1,8 +1,8 @@
 """Attention of many new tokens over the packed tokens before them: what `decode` launches for chunks.
 
 A tile is unpacked once for 64 or 128 query rows, into the float16 operands of two tensor-core dots, so
-nothing is dequantized in memory; for more rows `prefill_pieces` does that. 16-bit queries and powers of two;
-`decode_split_kernel` does the others. The chunk itself, and exact tokens, are `unpacked`'s.
+nothing is dequantized in memory; for more rows `prefill_pieces` does that. Of 16-bit queries and powers of
+two; `decode_split_kernel` does the others. The chunk itself, and exact tokens, are `unpacked`'s.
 
 `prefix_kernel` writes normalised partial outputs and the base-2 logarithms of their sums of weights, which
 `decode_reduce` joins with `unpacked`'s: these are rotated, and their scores lack `q . mean` unless a
