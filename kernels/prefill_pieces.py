@@ -38,9 +38,7 @@ from .prefill_wgmma import WGMMA_TILE, describe, has_wgmma, wgmma_piece_kernel
 from .scores import FLOAT_MASK, KEY_MASK, NO_MASK, has_whole, load_mask, mask_arguments, squash
 
 WORKSPACE = 64 << 20  # bytes, whatever the context is
-LEAST_ROWS = (
-    256  # query rows of a KV head: for fewer, `prefill`, which unpacks a tile for 128 rows, is faster
-)
+LEAST_ROWS = 256  # query rows of a KV head: for fewer `prefill`, which unpacks a tile for 128, is faster
 LEAST_PIECE = 4096  # tokens, as long as one row of the batch has the workspace alone
 ALIGNMENT = tl.constexpr(128)  # of pieces, in tokens: whole tiles of both kernels
 UNPACK_TILE = 64  # tokens
@@ -267,8 +265,8 @@ def attend_by_pieces(
         V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, BLOCK_N=UNPACK_TILE, num_warps=4,
     )  # fmt: skip
     sms = sm_count(queries.device)
-    unpack_tiles = 2 * together * kv_heads * piece // UNPACK_TILE
-    run = UNPACK_TILE * triton.cdiv(unpack_tiles, UNPACK_PROGRAMS_PER_SM * sms)
+    aligned = 2 * together * kv_heads * piece // ALIGNMENT.value  # so that a run ends with zeros
+    run = ALIGNMENT.value * triton.cdiv(aligned, UNPACK_PROGRAMS_PER_SM * sms)
     kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     visible = dict(
         K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, HEADS=group, SINKS=beside.sink_tokens,

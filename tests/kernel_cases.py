@@ -480,8 +480,8 @@ PIECES_INTERPRETED = [
     replace(case, dtype=FP16, small_pieces=True)
     for case in (
         Case(
-            "k4v4", 64, heads=4, kv_heads=1, q_len=17, lens=(300, 17), max_len=320
-        ),  # the second: no prefix
+            "k4v4", 64, heads=4, kv_heads=1, q_len=17, lens=(40, 300, 17), max_len=320
+        ),  # no prefix: the last
         Case("k3v2", 128, 64, heads=1, kv_heads=1, q_len=33, lens=(310, 170), max_len=320, bounds="window"),
         Case("k2v8", 64, 128, kv_heads=1, q_len=17, lens=(170,), max_len=180, mask="left", exact=(4, 30)),
         Case("k8v3", 64, heads=2, kv_heads=1, q_len=17, lens=(150, 290), max_len=290, mask="float"),

@@ -418,8 +418,10 @@ def check_append(case: Case, device: str) -> None:
 
 
 def check_pieces(case: Case, device: str) -> None:
-    """`check_append` with a workspace of one tile of a row, so that there are many pieces."""
-    sizes = {"WORKSPACE": 1, "LEAST_PIECE": 1} if case.small_pieces else {}
+    """`check_append`; small pieces are of one tile of a row, which many programs unpack."""
+    sizes = {"WORKSPACE": 1, "LEAST_PIECE": 1, "UNPACK_PROGRAMS_PER_SM": 1000} if case.small_pieces else {}
+    if device == "cpu" and case.small_pieces:  # the largest tiles too
+        sizes["is_roomy"] = lambda device: True
     with mock.patch.multiple(prefill_pieces, LEAST_ROWS=1, **sizes):
         check_append(case, device)
 
