@@ -106,6 +106,13 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def whole_waves(groups: int, tiles: int, slots: int) -> int:
+    """How many runs of `tiles` take the fewest: waves of programs, times tiles of a run and one."""
+    most = min(tiles, max(1, 4 * slots // groups))
+    return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
+
+
 def operand_dtype(*dtypes: torch.dtype) -> tl.dtype:
     """The dtype of tensor-core operands: that of the inputs if all are of one 16-bit type."""
     if set(dtypes) == {torch.bfloat16}:

@@ -12,14 +12,13 @@ Three launches (two for a lossless format):
    out: slots past the length (keys of zeros), and tokens that are there as they came.
 
 On a GPU that can, `decode_warp` takes the place of the first two for few rows, without a mask or with one
-over keys; `prefill` does for many tokens. `exact` and `unpacked` have what is there as it came.
+over keys; `prefill` and `prefill_pieces` do for many tokens. `exact` and `unpacked` have what is there as
+it came.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.
 Bytes: the packed rows and scales of visible slots, once per row block; partials stay in cache.
 """
-
-import functools
 
 import torch
 import triton
@@ -35,6 +34,7 @@ from .bits import (
     magnitude_words,
     operand_dtype,
     sm_count,
+    whole_waves,
 )
 from .decode_query import rotate, rotate_queries
 from .decode_reduce import reduce_splits
@@ -44,6 +44,7 @@ from .decode_warp import attend_by_warps, takes
 from .exact import Parts, exact_work
 from .pages import table_arguments, tokens_of_page
 from .prefill import attend_to_prefix, takes_prefix
+from .prefill_pieces import attend_by_pieces, takes_pieces
 from .scores import (
     KEY_MASK,
     LOG2_E,
@@ -219,13 +220,6 @@ def tile_sizes(rows: int, dim: int, dv: int, operand: tl.dtype) -> tuple[int, in
     return copies, block_m, 32 if wide else 64, num_warps, stages
 
 
-@functools.cache
-def whole_waves(groups: int, tiles: int, slots: int) -> int:
-    """How many runs of `tiles` take the fewest: waves of programs, times tiles of a run and one."""
-    most = min(tiles, max(1, 4 * slots // groups))
-    return min(range(1, most + 1), key=lambda n: -(-groups * n // slots) * (-(-tiles // n) + 1))
-
-
 def decode(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -274,7 +268,8 @@ def decode(
         if takes_prefix(q, fmt, page):
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
             last = (*visible, fmt, beside, own_tokens, parts)
-            attend_to_prefix(out, q, queries, cache, seq_lens, v_rotation, *last)
+            attend_by = attend_by_pieces if takes_pieces(q, cache.shape[1]) else attend_to_prefix
+            attend_by(out, q, queries, cache, seq_lens, v_rotation, *last)
         elif fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))

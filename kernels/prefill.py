@@ -1,8 +1,8 @@
 """Attention of many new tokens over the packed tokens before them: what `decode` launches for chunks.
 
 A tile is unpacked once for 64 or 128 query rows, into the float16 operands of two tensor-core dots, so
-nothing is dequantized in memory. 16-bit queries and powers of two; `decode_split_kernel` does the others.
-The chunk itself, and exact tokens, are `unpacked`'s.
+nothing is dequantized in memory; for more rows `prefill_pieces` does that. Of 16-bit queries and powers of
+two; `decode_split_kernel` does the others. The chunk itself, and exact tokens, are `unpacked`'s.
 
 `prefix_kernel` writes normalised partial outputs and the base-2 logarithms of their sums of weights, which
 `decode_reduce` joins with `unpacked`'s: these are rotated, and their scores lack `q . mean` unless a
@@ -26,8 +26,8 @@ from .scores import NO_MASK, has_whole, load_mask, mask_arguments, soften, squas
 
 PROGRAMS_PER_SM = 2
 DIMS = (64, 128, 256)
-# Weights are at most 1: times this, those of tiny scales too keep their digits in float16.
-WEIGHT_UNIT = tl.constexpr(2.0**15)
+# Weights are at most 1: times this, 2 to these bits, small ones too keep their digits in float16.
+WEIGHT_UNIT, WEIGHT_BITS = tl.constexpr(2.0**15), tl.constexpr(15.0)
 
 
 @triton.jit
@@ -72,6 +72,37 @@ def load_values(
 
 
 @triton.jit
+def visible_prefix(
+    bounds_ptr, stride_t, exact_from_ptr, token, valid, seq_len, q_len, own, max_len, SINKS: tl.constexpr,
+    RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """`visible_slots`, of packed tokens before the `own` last ones and not exact."""
+    low, high = visible_slots(bounds_ptr, stride_t, token, valid, seq_len, q_len, max_len, HAS_BOUNDS, MASK)
+    high = tl.minimum(high, tl.minimum(seq_len - own, max_len).to(tl.int32))
+    if SINKS + RECENT > 0:
+        first_recent = tl.maximum(tl.load(exact_from_ptr), seq_len - RECENT)
+        low = tl.maximum(low, SINKS)
+        high = tl.minimum(high, tl.minimum(first_recent, max_len).to(tl.int32))
+    return low, high
+
+
+@triton.jit
+def whole_slots(
+    bounds_ptr, stride_t, token, valid, low, high, max_len, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr
+):
+    """(first, end) of the slots that all rows, of slots low .. high - 1, see, where no mask is read."""
+    first = tl.max(tl.where(valid, low, 0), axis=0)
+    end = tl.min(tl.where(valid, high, max_len), axis=0)
+    if HAS_WHOLE:
+        whole_ptr = bounds_ptr + token * stride_t + 2
+        first = tl.maximum(first, tl.max(tl.load(whole_ptr, mask=valid, other=0), axis=0))
+        end = tl.minimum(end, tl.min(tl.load(whole_ptr + 1, mask=valid, other=max_len), axis=0))
+    elif MASK != NO_MASK:
+        end = end * 0
+    return first, end
+
+
+@triton.jit
 def prefix_kernel(
     q_ptr, factor_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
     partial_ptr, log_ptr, cache_stride_b, cache_stride_h, v_rows_offset, k_scales_offset, v_scales_offset,
@@ -93,15 +124,12 @@ def prefix_kernel(
 
     seq_len = tl.load(seq_lens_ptr + batch * lens_stride)
     bounds_ptr += batch * bounds_stride_b
-    low, high = visible_slots(
-        bounds_ptr, bounds_stride_t, token, valid, seq_len, q_len, max_len, HAS_BOUNDS, MASK
-    )
+    exact_from_ptr += batch * from_stride
     filled = tl.minimum(seq_len - own, max_len).to(tl.int32)
-    high = tl.minimum(high, filled)
-    if SINKS + RECENT > 0:
-        first_recent = tl.maximum(tl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
-        low = tl.maximum(low, SINKS)
-        high = tl.minimum(high, tl.minimum(first_recent, max_len).to(tl.int32))
+    low, high = visible_prefix(
+        bounds_ptr, bounds_stride_t, exact_from_ptr, token, valid, seq_len, q_len, own, max_len, SINKS,
+        RECENT, HAS_BOUNDS, MASK,
+    )  # fmt: skip
     seen = valid & (low < high)
     begin = tl.min(tl.where(seen, low, max_len), axis=0) // BLOCK_N * BLOCK_N
     end = tl.max(tl.where(seen, high, 0), axis=0)
@@ -127,15 +155,9 @@ def prefix_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     largest = tl.min(total, axis=0) + TINY  # of the value scales so far: `acc` is in units of it
-    # Slots that all rows see, where no mask is read.
-    whole_from = tl.max(tl.where(valid, low, 0), axis=0)
-    whole_to = tl.min(tl.where(valid, high, max_len), axis=0)
-    if HAS_WHOLE:
-        whole_ptr = bounds_ptr + token * bounds_stride_t + 2
-        whole_from = tl.maximum(whole_from, tl.max(tl.load(whole_ptr, mask=valid, other=0), axis=0))
-        whole_to = tl.minimum(whole_to, tl.min(tl.load(whole_ptr + 1, mask=valid, other=max_len), axis=0))
-    elif MASK != NO_MASK:
-        whole_to = begin
+    whole_from, whole_to = whole_slots(
+        bounds_ptr, bounds_stride_t, token, valid, low, high, max_len, HAS_WHOLE, MASK
+    )
     for start in range(begin, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         known = slot < filled
@@ -177,6 +199,13 @@ def takes_prefix(q: torch.Tensor, fmt: KVFormat, page: int) -> bool:
     return page == 0 and takes_format and sixteen_bits and q.shape[2] > DECODE_TOKENS
 
 
+def empty_partials(queries: torch.Tensor, splits: int, v_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and logarithms for queries `[B, Hkv, rows, D]`, not filled."""
+    shape = (*queries.shape[:-1], splits)
+    outputs = torch.empty((*shape, v_dim), dtype=torch.float32, device=queries.device)
+    return outputs, torch.empty(shape, dtype=torch.float32, device=queries.device)
+
+
 def attend_to_prefix(
     out: torch.Tensor, q: torch.Tensor, rotated: Queries, cache: torch.Tensor, seq_lens: torch.Tensor,
     v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
@@ -199,10 +228,7 @@ def attend_to_prefix(
     room = PROGRAMS_PER_SM * sm_count(queries.device)
     splits = max(1, min(tiles, room // (blocks * kv_heads * batch)))
     _, v_rows, k_scales, v_scales = fmt.planes(fmt.page_size(cache.shape[-1]))
-    partial = torch.empty(
-        (batch, kv_heads, rows, splits, fmt.v_head_dim), dtype=torch.float32, device=queries.device
-    )
-    logs = torch.empty(partial.shape[:-1], dtype=torch.float32, device=queries.device)
+    partial, logs = empty_partials(queries, splits, fmt.v_head_dim)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     (k_lo, k_hi), (v_lo, v_hi) = magnitude_words(fmt.k_bits), magnitude_words(fmt.v_bits)
     exact_from = beside.exact_from

@@ -5,7 +5,7 @@ Lists that end in `INTERPRETED` are for a CPU, those that end in `GPU` are longe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class Case:
     crop: tokens that were appended after the others, and taken back.
     page: tokens of a page, where there is a block table.
     hole: which page of the first row is missing.
+    small_pieces: the workspace of a long chunk has as little room as can be.
     """
 
     fmt: str = "k4v4"
@@ -49,6 +50,7 @@ class Case:
     softcap: float | None = None
     page: int = 0
     hole: int = -1
+    small_pieces: bool = False
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -64,6 +66,7 @@ class Case:
             + (f"-softcap{self.softcap}" if self.softcap else "")
             + (f"-page{self.page}" if self.page else "")
             + (f"-hole{self.hole}" if self.hole >= 0 else "")
+            + ("-small" if self.small_pieces else "")
         )
 
     @property
@@ -495,6 +498,80 @@ PREFILL_INTERPRETED = [
         "k3v3", 80, heads=2, q_len=18, lens=(70, 81), dtype=FP16, mask="keys", page=32, hole=2, softcap=2.0
     ),
     Case("bf16", 24, heads=2, q_len=17, lens=(50, 30), dtype=FP32, bounds="window", page=16, softcap=5.0),
+]
+# Of few rows, too: `check_pieces` sends them all to `prefill_pieces`.
+PIECES_INTERPRETED = [
+    replace(case, dtype=FP16, small_pieces=True)
+    for case in (
+        Case(
+            "k4v4", 64, heads=4, kv_heads=1, q_len=17, lens=(40, 300, 17), max_len=320
+        ),  # no prefix: the last
+        Case("k3v2", 128, 64, heads=1, kv_heads=1, q_len=33, lens=(310, 170), max_len=320, bounds="window"),
+        Case("k2v8", 64, 128, kv_heads=1, q_len=17, lens=(170,), max_len=180, mask="left", exact=(4, 30)),
+        Case("k8v3", 64, heads=2, kv_heads=1, q_len=17, lens=(150, 290), max_len=290, mask="float"),
+        Case("k4v4", 256, heads=1, kv_heads=1, q_len=18, lens=(197, 10), max_len=200, sinks=True),
+        Case("k8v8", 64, heads=2, q_len=17, lens=(290,), max_len=300, keys="heavy"),
+        Case(
+            "k4v4", 64, heads=1, kv_heads=1, q_len=20, lens=(170, 190), max_len=180
+        ),  # overfull: the second
+        Case("k4v4", 64, heads=1, kv_heads=1, q_len=20, lens=(20,), max_len=20),
+        Case("k4v4", 64, q_len=17, lens=(250, 160), max_len=300, mask="holes", bounds="scan", softcap=3.0),
+        Case("k4v4", 64, heads=2, q_len=17, lens=(290, 299), max_len=300, exact=(4, 40), softcap=2.0),
+    )
+]
+PIECES_INTERPRETED += [replace(PIECES_INTERPRETED[i], small_pieces=False) for i in (0, 5)]
+PIECES_GPU = [
+    *PIECES_INTERPRETED,
+    *(
+        Case(
+            name,
+            dim,
+            heads=heads,
+            kv_heads=kv,
+            q_len=q,
+            lens=(900, q + 1, q, 700),
+            max_len=1000,
+            exact=exact,
+            keys=keys,
+            small_pieces=small,
+        )
+        for name, dim in (("k4v4", 128), ("k8v8", 64), ("k2v2", 256), ("k3v3", 128))
+        for heads, kv, q, exact, keys in (
+            (1, 1, 17, (0, 0), "heavy"),
+            (7, 1, 65, (4, 32), "random"),
+            (8, 1, 129, (0, 0), "huge"),
+            (4, 2, 300, (2, 400), "equal"),
+        )
+        for small in (False, True)
+    ),
+    *(
+        Case(
+            name,
+            dim,
+            heads=14,
+            q_len=q,
+            lens=(900, 330),
+            max_len=1000,
+            mask=mask,
+            bounds=b,
+            sinks=True,
+            dtype=dtype,
+            small_pieces=True,
+        )
+        for name, dim, dtype in (("k4v4", 128, BF16), ("k3v2", 64, FP16), ("k8v8", 256, BF16))
+        for q, mask, b in (
+            (17, "bool", "none"),
+            (129, "left", "none"),
+            (65, "float", "row"),
+            (300, "none", "window"),
+            (100, "holes", "scan"),
+        )
+    ),
+    *(
+        Case(name, 128, v_dim, heads=8, q_len=257, lens=(9000, 5000, 300), max_len=9216, softcap=cap)
+        for name, v_dim in (("k4v4", 128), ("k8v8", 128), ("k3v3", 64))
+        for cap in (None, 20.0)
+    ),
 ]
 PREFILL_GPU = [
     *PREFILL_INTERPRETED,

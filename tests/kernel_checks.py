@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":
     if "--interpret" in sys.argv:
@@ -40,6 +41,8 @@ from kernel_cases import (
     FP16,
     FP32,
     LARGE_GPU,
+    PIECES_GPU,
+    PIECES_INTERPRETED,
     PREFILL_GPU,
     PREFILL_INTERPRETED,
     STORE_GPU,
@@ -49,6 +52,7 @@ from kernel_cases import (
     Case,
     Ragged,
 )
+from tq_inductor.kernels import prefill_pieces
 from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import fp8_byte, fp8_value
 from tq_inductor.kernels.decode import attend, decode
@@ -415,6 +419,15 @@ def check_append(case: Case, device: str) -> None:
     assert_close(actual, expected, case.dtype, roundings=2 if own else 1)  # the weights of the chunk
 
 
+def check_pieces(case: Case, device: str) -> None:
+    """`check_append`; small pieces are of one tile of a row, which many programs unpack."""
+    sizes = {"WORKSPACE": 1, "LEAST_PIECE": 1, "UNPACK_PROGRAMS_PER_SM": 1000} if case.small_pieces else {}
+    if device == "cpu" and case.small_pieces:  # the largest tiles too
+        sizes["is_roomy"] = lambda device: True
+    with mock.patch.multiple(prefill_pieces, LEAST_ROWS=1, **sizes):
+        check_append(case, device)
+
+
 def exact_tokens(beside: Beside, lens: torch.Tensor, max_len: int) -> torch.Tensor:
     """Which positions of each row are exact, bool `[B or 1, max_len]`, by the words of `beside`."""
     slot, lens = torch.arange(max_len), lens.reshape(-1, 1)
@@ -608,6 +621,7 @@ GROUPS = {
     "decode": (check_decode, DECODE_INTERPRETED, DECODE_GPU),
     "append": (check_append, APPEND_INTERPRETED, APPEND_GPU),
     "prefill": (check_append, PREFILL_INTERPRETED, PREFILL_GPU),
+    "pieces": (check_pieces, PIECES_INTERPRETED, PIECES_GPU),
     "exact": (check_exact, EXACT_INTERPRETED, EXACT_GPU),
     "slots": (check_positions, [(4, 8), (0, 5), (3, 0), (15, 1)], [(4, 8), (0, 5), (3, 0), (15, 1)]),
     "large": (check_large, [], LARGE_GPU),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -13,6 +14,7 @@ import torch
 import triton
 from kernel_cases import BF16, FP16, FP32, Case
 from kernel_checks import block_table, empty_beside, garbage_cache, lengths, rotations
+from tq_inductor.kernels import prefill_pieces
 from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import unpack_asm
 from tq_inductor.kernels.decode import attend, decode
@@ -20,9 +22,12 @@ from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.exact import exact_work
+from tq_inductor.kernels.prefill_pieces import piece_kernel, tile_of
+from tq_inductor.kernels.prefill_wgmma import wgmma_piece_kernel
 from tq_inductor.kernels.store import store, store_arguments
 from tq_inductor.kernels.store_prompt import store_prompt
 from tq_inductor.kernels.varlen import varlen_attention
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Target -> bytes of shared memory that a block may have.
 TARGETS = {
@@ -92,17 +97,23 @@ def record_launches() -> list[tuple]:
             arguments = (cache, new_k, new_v, lens, *rotations(case, "cpu"), fmt, empty_beside(case), None)
             store_prompt(*store_arguments(*arguments), new_k, fmt)
         bounds = torch.zeros(2, 129, 4, dtype=torch.int32)
-        for name, dim, visible, cap, page in (
-            ("k4v4", 128, (None, None), None, 0),
-            ("k4v4", 128, (mask, bounds), 50.0, 0),
-            ("k3v8", 256, (None, None), None, 0),
-            ("k4v4", 128, (None, None), None, 64),
+        for name, dim, visible, cap, page, q_len in (
+            ("k4v4", 128, (None, None), None, 0, 129),
+            ("k4v4", 128, (mask, bounds), None, 0, 129),
+            ("k4v4", 128, (mask, bounds), 50.0, 0, 129),
+            ("k3v8", 256, (None, None), None, 0, 129),
+            ("k4v4", 128, (None, None), None, 0, 33),
+            ("k4v4", 128, (mask, bounds[:, :33]), 50.0, 0, 33),
+            ("k3v8", 256, (None, None), None, 0, 33),
+            ("k4v4", 128, (None, None), None, 64, 129),
         ):
             case = Case(name, dim, heads=8, lens=(4096, 1), max_len=4096, exact=(4, 32), page=page)
             cache, lens, turns = garbage_cache(case, "cpu"), lengths(case, "cpu"), rotations(case, "cpu")
-            q_rows, new = (torch.zeros(2, heads, 129, dim, dtype=BF16) for heads in (8, 2))
+            q_rows, new = (torch.zeros(2, heads, q_len, dim, dtype=BF16) for heads in (8, 2))
             last = (case.format, 4096, 0.1, empty_beside(case), cap, block_table(case, "cpu"), True)
-            append_and_attend(cache, q_rows, new, new, lens, *turns, *visible, None, *last)
+            for wgmma in (False, True):
+                with mock.patch.object(prefill_pieces, "has_wgmma", return_value=wgmma):
+                    append_and_attend(cache, q_rows, new, new, lens, *turns, *visible, None, *last)
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         attend(*torch.zeros(3, 2, 8, 256, 256, dtype=BF16), None, None, None, 0.1)
@@ -127,6 +138,10 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
         kwargs = kwargs | {"PDL": target[0] == "cuda" and target[1] >= 90}
     if "COPIES" in kwargs and target[0] == "hip":
         options["num_stages"] = 2
+    if kernel is piece_kernel:
+        dim, roomy = max(kwargs["K_DIM"], kwargs["V_DIM"]), TARGETS[target] > 99 << 10
+        block_m, block_n = tile_of(dim, roomy, kwargs["MASK"] != 0)
+        kwargs = kwargs | {"BLOCK_M": block_m, "BLOCK_N": block_n}
     if "K_ASM" in kwargs and not kernel.is_gluon():
         native = target[0] == "cuda" and target[1] >= 89
         asm = {f"{side}_ASM": unpack_asm(kwargs[f"{side}_BITS"]) if native else "" for side in "KV"}
@@ -137,7 +152,12 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: tuple) -> int:
     signature, constants, attributes = {}, {}, {}
     for index, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            shape = [kwargs["BLOCK_N"], *value.block_shape[1:]]
+            signature[name] = f"tensordesc<{types[value.base.dtype]}{shape}>"
+        elif hasattr(value, "block_shape"):  # Gluon's
+            signature[name] = f"tensordesc<{types[value.base.dtype]}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
             signature[name] = "*" + types[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif param.is_constexpr or value == 1:
@@ -160,7 +180,7 @@ def main(names_of_targets: list[str]) -> int:
     for kernel, args, kwargs in record_launches():
         names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "TOKENS")
         names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
-        names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN"} else ()
+        names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN", "HAS_WHOLE"} else ()
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)
     failures = 0
@@ -169,6 +189,8 @@ def main(names_of_targets: list[str]) -> int:
         last = {launch[0].fn.__name__: name for name, launch in launches.items()}
         for name in last.values() if target in ALIKE else launches:
             launch = launches[name]
+            if launch[0] is wgmma_piece_kernel and target != ("cuda", 90):
+                continue
             if launch[0].is_gluon() and not (target[0] == "cuda" and target[1] >= 89):
                 continue  # has no conversion of fp8
             started = time.perf_counter()

@@ -68,6 +68,18 @@ MAY_IMPORT = {
         ),
         *("kernels.scores", "beside", "format"),
     ],
+    "kernels.prefill_pieces": [
+        *("kernels.bits", "kernels.centroids", "kernels.decode_query", "kernels.decode_reduce"),
+        *(
+            "kernels.exact",
+            "kernels.prefill",
+            "kernels.prefill_wgmma",
+            "kernels.scores",
+            "beside",
+            "format",
+        ),
+    ],
+    "kernels.prefill_wgmma": ["kernels.bits", "kernels.prefill"],
     "kernels.append": ["kernels.*", "beside", "format", "results"],
     "kernels.decode_tile": ["kernels.bits", "kernels.decode_rows", "kernels.pages", "kernels.scores"],
     "kernels.decode": ["kernels.*", "beside", "codebook", "format", "results"],
