@@ -58,8 +58,8 @@ def test_no_scale_is_off_by_a_bf16_ulp(bits, dim):
     midpoints, magnitudes = (
         torch.tensor(x, dtype=torch.float64) for x in (book.midpoints, book.magnitudes)
     )
-    small = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None, None]
-    large = torch.arange(dim) <= torch.arange(dim)[:, None]  # of how many coordinates
+    small = torch.linspace(0, 1, 4001, dtype=torch.float64)[:, None, None]
+    large = torch.arange(dim) < torch.tensor([1, 2, 3, 4, 8, 16, 32])[:, None]
     y = torch.where(large, 1.0, small)
     x = y * (book.per_rms / y.square().mean(-1, True).sqrt() + book.per_peak)
     c = magnitudes[torch.bucketize(x, midpoints)]
