@@ -1,18 +1,14 @@
-"""`store` for a prompt: the transform on the tensor cores, everything else in registers.
+"""`store` for a prompt: the transform on the tensor cores, then registers.
 
 For NVIDIA GPUs that convert fp8 (sm_89 on) and 16-bit keys and values; `store` has the kernel for all
 others and for few tokens. A program is one warp and takes a run of groups of 16 tokens of one KV head,
-keys or values, each group aligned as value rows are interleaved.
+keys or values, each group aligned as value rows are interleaved. While it works on a group the next is
+copied to shared memory.
 
-The Hadamard matrix of D is one of 16, over bits 0, 2, 3, 4 of a dim, for the tensor cores, and one of
-D / 16, over bit 1 and those from 5 on, for sums and differences of what they give. The inputs are exact
-(bf16 or float16 values; signs over D), sums are in float32, and the mean is taken off after the same
-product, so that equal vectors cancel. Dims are the rows of a product and tokens its columns. With these
-bits a lane, 4r + c, loads 16 bytes of a token at once, and gets all dims that share a byte of a row, bytes
-4r to 4r + 3 of every 32, of 4 tokens, 4c to 4c + 3: it writes whole words of both key and value rows.
-
-`prompt_codes` has the encoding. Unlike the reference, vectors are not brought to a power of two before
-they are rotated but after it, and only where squares would overflow or vanish.
+`prompt_transform` copies and rotates, and says which lane has what: it writes whole words of both key and
+value rows. The mean is taken off after the same product, so that equal vectors cancel. `prompt_sums` has
+the sums over lanes, `prompt_codes` the encoding. Unlike the reference, vectors are not brought to a power
+of two before they are rotated but after it, and only where squares would overflow or vanish.
 """
 
 import torch
@@ -20,19 +16,29 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import float32, int32
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..beside import Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, fp8_value, sm_count
 from .prompt_codes import code_steps, encode_asm, first_byte, lanes_apart, words_of_call
+from .prompt_sums import LARGE, SMALL, over_rows, rows_and_tokens, squares_of, to_columns, to_ordinary
+from .prompt_transform import (
+    TOKENS,
+    butterflies,
+    copy_group,
+    group_memory,
+    group_products,
+    last_butterflies,
+    load_layout,
+    products,
+    token_of,
+    transform_operands,
+)
 from .slots import locate_exact, locate_page
 
-TOKENS = gl.constexpr(PAGE_ALIGNMENT)  # of a group
 WARPS, REGISTERS = 12, 168  # on a multiprocessor, as many for each of its schedulers; of a thread
 MOST_GROUPS = 32  # of a program: its start costs a third of a group
 LEAST_TOKENS = 64  # of a row: fewer are sooner done by `store`
-SMALL, LARGE = gl.constexpr(2.0**-80), gl.constexpr(2.0**80)  # squares between these are exact enough
 FOUR_CODES = gl.constexpr(
     "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
     " mov.b32 $0, {l, h}; }"
@@ -49,102 +55,6 @@ TRANSPOSE = gl.constexpr(
 @gluon.constexpr_function
 def encode_constraints(dim: int, bits: int) -> str:
     return "=r," * words_of_call(bits, dim) + "=r,=r" + ",f" * (dim // 16 + 1)
-
-
-@gluon.constexpr_function
-def load_layout(tokens: int):
-    """[tokens, 32 dims] with 8 dims of a token in a lane, as the second operand of a product needs them."""
-    registers = [[0, 1], [0, 2], [0, 4]] + [[8, 0]] * (tokens // 16)
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [tokens, 32])
-
-
-@gluon.jit
-def token_of(column):
-    """Which token of a group a column of the products is: a lane has columns 2c and 2c + 1 of every 8."""
-    return column % 8 // 2 * 4 + column // 8 * 2 + column % 2
-
-
-@gluon.jit
-def transform_operands(rotation_ptr, dtype: gl.constexpr, DIM: gl.constexpr, MMA: gl.constexpr):
-    """First operands [16, 16], one for each 16 dims: the signed Hadamard matrix over DIM.
-
-    Row m stands for dim 4 * (m % 8) + m // 8, column k for dims of bits 3, 4, 0, 2, the highest last.
-    """
-    FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    m = gl.arange(0, 16, layout=gl.SliceLayout(1, FIRST))[:, None]
-    k = gl.arange(0, 16, layout=gl.SliceLayout(0, FIRST))[None, :]
-    odd = (m >> 3 & k) ^ (m >> 2 & k >> 2) ^ (m >> 1 & k >> 1) ^ (m & k >> 3)
-    dim = (k >> 1 & 3) * 8 + (k >> 3) * 4 + (k & 1) + 0 * m
-    operands = ()
-    for i in gl.static_range(DIM // 16):
-        sign = gl.load(rotation_ptr + (dim + (i // 2 * 32 + i % 2 * 2)) * DIM)  # of the first column
-        operands += (gl.where((sign < 0) ^ (odd & 1 == 1), -1.0 / DIM, 1.0 / DIM).to(dtype),)
-    return operands
-
-
-@gluon.jit
-def products(ptr, operands, DIM: gl.constexpr, MMA: gl.constexpr):
-    """Vectors at `ptr` [columns, 32] and every 32 further: [16, columns] for each 16 dims."""
-    N: gl.constexpr = ptr.shape[0]
-    SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    y = ()
-    for i in gl.static_range(DIM // 32):
-        x = gl.load(ptr + 32 * i)
-        x = gl.permute(gl.reshape(x, [N, 4, 2, 2, 2]), [2, 1, 4, 0, 3])
-        pair = gl.split(x)  # bit 1 of a dim
-        for bit in gl.static_range(2):
-            operand = gl.convert_layout(gl.reshape(pair[bit], [16, N]), SECOND, assert_trivial=True)
-            y += (mma_v2(operands[2 * i + bit], operand, gl.zeros([16, N], gl.float32, MMA)),)
-    return y
-
-
-@gluon.jit
-def butterflies(x, COUNT: gl.constexpr):
-    """The Hadamard transform over the COUNT tensors."""
-    for bit in gl.static_range(5):
-        if 1 << bit < COUNT:
-            y = ()
-            for i in gl.static_range(COUNT):
-                if i >> bit & 1:
-                    y += (x[i - (1 << bit)] - x[i],)
-                else:
-                    y += (x[i] + x[i + (1 << bit)],)
-            x = y
-    return x
-
-
-@gluon.jit
-def sum_of_squares(y, COUNT: gl.constexpr):
-    total = y[0] * y[0]
-    for i in gl.static_range(1, COUNT):
-        total += y[i] * y[i]
-    return gl.sum(total, axis=0)
-
-
-@gluon.jit
-def largest_of(y, COUNT: gl.constexpr):
-    largest = gl.abs(y[0])
-    for i in gl.static_range(1, COUNT):
-        largest = gl.maximum(largest, gl.abs(y[i]))
-    return gl.max(largest, axis=0)
-
-
-@gluon.jit
-def to_ordinary(y, COUNT: gl.constexpr):
-    """Vectors over a power of two, with squares between SMALL and LARGE; their squares, and that power.
-
-    Of a vector with NaN or infinity 0, and NaN for the power.
-    """
-    squares, peak = sum_of_squares(y, COUNT), largest_of(y, COUNT)
-    broken = (squares != squares) | (peak == float("inf"))  # a maximum may drop NaN
-    exponent = gl.minimum(gl.maximum(peak.to(int32, bitcast=True) >> 23, 1), 253)
-    unit = gl.where(broken, float("nan"), (exponent << 23).to(float32, bitcast=True))
-    inverse = (254 - exponent << 23).to(float32, bitcast=True)
-    z = ()
-    for i in gl.static_range(COUNT):
-        z += (gl.where(broken[None, :], 0.0, y[i] * inverse[None, :]),)
-    return z, gl.maximum(sum_of_squares(z, COUNT), SMALL), unit
 
 
 @gluon.jit
@@ -267,10 +177,13 @@ def store_side(
     start = seq_len - new
     shift = (start & TOKENS - 1).to(int32)
     first = block * (run * TOKENS) - shift  # token
-    for at in range(first, gl.minimum(first + run * TOKENS, new), TOKENS):
+    # Of which tokens there is room.
+    low, high = gl.maximum(0, -start).to(int32), gl.minimum(new, page_size - start).to(int32)
+    stop = gl.minimum(first + run * TOKENS, new)
+    shared = group_memory(dtype, DIM)
+    copy_group(shared, x_ptr, first, stop, new, stride_t)
+    for at in range(first, stop, TOKENS):
         token = at + column
-        # Where there is none, another token's, which is not written.
-        ptr = x_ptr + gl.minimum(gl.maximum(token, 0), new - 1).to(gl.int64)[:, None] * stride_t + dims
         position = start + at
         page = locate_page(position, batch, head, cache_stride_b, cache_stride_h, page_size)[0]
         page_ptr = cache_ptr + page
@@ -282,41 +195,46 @@ def store_side(
                     exact_ptr, exact_from_ptr, from_stride, row, batch + 0 * token, start + token, seq_len,
                     new, exists, exists & room, SINKS, RECENT, WIDTH,
                 )  # fmt: skip
+                near = gl.minimum(gl.maximum(token, 0), new - 1).to(gl.int64)[:, None]
+                ptr = x_ptr + near * stride_t + dims
                 for i in gl.static_range(DIM // 32):
                     copy = gl.load(ptr + 32 * i).to(exact_ptr.dtype.element_ty)
                     gl.store(to[:, None] + dims + 32 * i, copy, mask=kept[:, None] & (dims >= 0))
 
-        y = products(ptr, operands, DIM, MMA)
+        y = group_products(shared, operands, MMA)
+        copy_group(shared, x_ptr, at + TOKENS, stop, new, stride_t)
         if HAS_MEAN:
             less = ()
             for i in gl.static_range(COUNT):
                 less += (y[i] - mean[i],)
             y = less
-        y = butterflies(y, COUNT)
-        squares = sum_of_squares(y, COUNT)
-        unit = gl.full([TOKENS], 1.0, float32, COLUMNS)
+        y, peak = last_butterflies(butterflies(y, COUNT), COUNT)
+        squares, peak = over_rows(squares_of(y, COUNT), False), over_rows(peak, True)
+        LANES: gl.constexpr = squares.type.layout
+        unit = gl.full([8, 4], 1.0, float32, LANES)
         ordinary = (squares > SMALL) & (squares < LARGE)
-        if gl.min(ordinary.to(int32), axis=0) == 0:
-            y, squares, unit = to_ordinary(y, COUNT)
+        if gl.min(gl.reshape(ordinary.to(int32), [32]), axis=0) == 0:
+            y, squares, peak, unit = to_ordinary(y, COUNT, MMA)
 
         root = gl.rsqrt(squares)
         to_steps = root * (UNIT[0] * STEPS[0] * DIM**0.5)
         if UNIT[1] > 0:
-            over = gl.rsqrt(gl.maximum(largest_of(y, COUNT), SMALL))
+            over = gl.rsqrt(gl.maximum(peak.to(float32, bitcast=True), SMALL))
             to_steps += over * over * (UNIT[1] * STEPS[0])
-        out = encode(y, to_steps[None, :], BITS, DIM, ASM)
+        out = encode(y, to_columns(to_steps, MMA), BITS, DIM, ASM)
         WORDS: gl.constexpr = words_of_call(BITS, DIM)
-        numerator = gl.sum(out[WORDS], axis=0).to(float32)
-        over = gl.rsqrt(gl.sum(out[WORDS + 1], axis=0).to(float32) * to_steps)
+        numerator = over_rows(out[WORDS], False).to(float32)
+        over = gl.rsqrt(over_rows(out[WORDS + 1], False).to(float32) * to_steps)
         scale = unit * (numerator * over * over * (STEPS[1] * DIM**0.5))
         scale = gl.where(squares * root * unit * DIM**0.5 < TINY, 0.0, scale)
 
-        here = at + token_of(gl.arange(0, TOKENS, layout=COLUMNS))
-        space = locate_page(start + here, batch, head, cache_stride_b, cache_stride_h, page_size)[1]
-        valid = (here >= 0) & (here < new) & space
+        lane_row, own = rows_and_tokens(LANES)
+        mask = (at + own >= low) & (at + own < high) & (lane_row % 2 == 0)
         scale_ptr = (page_ptr + scales_offset).to(gl.pointer_type(gl.bfloat16)) + position
-        gl.store(scale_ptr + (here - at), scale.to(gl.bfloat16), mask=valid)
-        whole = gl.min(valid.to(int32), axis=0) == 1
+        gl.store(scale_ptr + own, scale.to(gl.bfloat16), mask=mask)
+        here = at + token_of(gl.arange(0, TOKENS, layout=COLUMNS))
+        valid = (here >= low) & (here < high)
+        whole = (at >= low) & (at + TOKENS <= high)
         for w in gl.static_range(WORDS):
             row_ptr = page_ptr + position * ROW
             if INTERLEAVED:
@@ -364,6 +282,11 @@ def prompt_kernel(
         )  # fmt: skip
 
 
+def copies_whole(x: torch.Tensor) -> bool:
+    """Whether `copy_group` can copy x `[B, Hkv, q, D]`: by 16 bytes, which Triton must know."""
+    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s % 16 == 0 for s in x.stride()[:-1])
+
+
 def takes(
     k: torch.Tensor, v: torch.Tensor, fmt: KVFormat, beside: Beside, block_table: torch.Tensor | None
 ) -> bool:
@@ -379,7 +302,8 @@ def takes(
         and k.dtype == v.dtype
         and k.dtype in (torch.bfloat16, torch.float16)
         and (beside.k_mean is None or beside.k_mean.dtype == k.dtype)
-        and k.stride(-1) == v.stride(-1) == 1
+        and copies_whole(k)
+        and copies_whole(v)
         and k.is_cuda
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(k.device) >= (8, 9)
@@ -397,7 +321,7 @@ def store_prompt(arguments: tuple, constants: dict, k: torch.Tensor, fmt: KVForm
     names = [name for name in constants if name in prompt_kernel.arg_names]
     prompt_kernel[(rows * blocks, 2)](
         *arguments, blocks, run, **{name: constants[name] for name in names},
-        K_STEPS=code_steps(fmt.k_bits, fmt.head_dim), V_STEPS=code_steps(fmt.v_bits, fmt.v_head_dim),
+        K_STEPS=code_steps(fmt.k_bits), V_STEPS=code_steps(fmt.v_bits),
         K_ASM=encode_asm(fmt.k_bits, fmt.head_dim), V_ASM=encode_asm(fmt.v_bits, fmt.v_head_dim),
         num_warps=1, maxnreg=REGISTERS,
         **(early_launch(k.device) if constants["HAS_MEAN"] else {"PDL": False}),

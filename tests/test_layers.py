@@ -39,9 +39,10 @@ MAY_IMPORT = {
         *("beside", "format"),
     ],
     "kernels.store_prompt": [
-        *("kernels.bits", "kernels.prompt_codes", "kernels.slots"),
-        *("beside", "format"),
+        *("kernels.bits", "kernels.prompt_codes", "kernels.prompt_sums", "kernels.prompt_transform"),
+        *("kernels.slots", "beside", "format"),
     ],
+    "kernels.prompt_transform": ["kernels.warp_tiles", "format"],
     "kernels.scores": [],
     "kernels.exact": ["kernels.scores", "beside"],
     "kernels.unpacked": ["kernels.bits", "kernels.exact", "kernels.scores", "kernels.varlen", "beside"],

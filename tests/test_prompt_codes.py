@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tq_inductor.kernels.prompt_codes import (
+    CURVES,
+    FINE,
     MAGIC,
-    code_polynomial,
+    Curve,
     code_steps,
     field_order,
     first_byte,
@@ -14,35 +16,54 @@ from tq_inductor.kernels.prompt_codes import (
     table_words,
     words_of_call,
 )
+from tq_inductor.kernels.store_prompt import copies_whole
 
 from tq_inductor import codec
 from tq_inductor.codebook import FP8_UNIT, codebook
 from tq_inductor.format import row_bytes
 
 
-def float32(x: torch.Tensor | float) -> torch.Tensor:
-    """Rounded to float32, in float64."""
-    return torch.as_tensor(x, dtype=torch.float64).to(torch.float32).to(torch.float64)
+def float16(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to float16, in float64."""
+    return x.to(torch.float16).to(torch.float64)
 
 
-def magnitude_codes(x: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """The arithmetic of `encode_asm` for x >= 0, in e4m3 units: float32, each step rounded once."""
-    start, width, coefficients = code_polynomial(bits)
-    steps = code_steps(bits, dim)[0]
-    u = float32(x * steps * float32(1 / (width * steps)) + float32(-start / width)).clamp(0, 1)
-    total = float32(coefficients[-1])
-    for c in coefficients[-2::-1]:
-        total = float32(total * u + float32(c))
-    return (float32(total * u + MAGIC) - MAGIC).long()
+def magnitude_codes(steps: torch.Tensor, curve: Curve) -> torch.Tensor:
+    """The arithmetic of `code_lines`: steps of magnitudes -> codes. Each multiply-add rounds once."""
+    middle = steps // curve.cell * curve.cell + curve.cell // 2
+    u = middle.to(torch.int16).view(torch.float16).to(torch.float64) * curve.slope + curve.offset
+    u = float16(u).clamp(0, 1)
+    h = torch.full_like(u, curve.coefficients[-1])
+    for c in curve.coefficients[-2::-1]:
+        h = float16(h * u + c)
+    return (float16(h * u + MAGIC) - MAGIC).long()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_polynomial_rounds_to_the_code_on_both_sides_of_every_midpoint(bits):
-    midpoints = torch.tensor(codebook(bits).midpoints, dtype=torch.float64)
-    near = midpoints[:, None] * (1 + torch.tensor([-1.0, 1.0]) * 3e-6)
-    x = float32(torch.cat([torch.linspace(0, 16, 200_001, dtype=torch.float64), near.flatten()]))
-    x = x[((x[:, None] - midpoints).abs() > 2e-6 * midpoints).all(1)]
-    assert torch.equal(magnitude_codes(x, bits, 128), torch.bucketize(x, midpoints))
+def test_every_cell_gets_the_code_of_all_that_it_holds(bits):
+    curve, midpoints = CURVES[bits], torch.tensor(codebook(bits).midpoints, dtype=torch.float64)
+    assert curve.cell % FINE == 0
+    assert not ((midpoints * curve.steps) % curve.cell).any()  # a midpoint itself is in the cell above
+    steps = torch.arange(int(codebook(bits).largest(128) * curve.steps) + curve.cell)
+    assert torch.equal(
+        magnitude_codes(steps, curve), torch.bucketize((steps + 0.5) / curve.steps, midpoints)
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_no_scale_is_off_by_a_bf16_ulp(bits, dim):
+    """Of vectors of two magnitudes, if every middle is off by half a cell to the same side."""
+    book, half = codebook(bits), FINE / 2 / CURVES[bits].steps
+    midpoints, magnitudes = (
+        torch.tensor(x, dtype=torch.float64) for x in (book.midpoints, book.magnitudes)
+    )
+    small = torch.linspace(0, 1, 4001, dtype=torch.float64)[:, None, None]
+    large = torch.arange(dim) < torch.tensor([1, 2, 3, 4, 8, 16, 32])[:, None]
+    y = torch.where(large, 1.0, small)
+    x = y * (book.per_rms / y.square().mean(-1, True).sqrt() + book.per_peak)
+    c = magnitudes[torch.bucketize(x, midpoints)]
+    assert (half * c.sum(-1) < 2**-8 * (x * c).sum(-1)).all()
 
 
 @pytest.mark.parametrize(("bits", "dim"), [(2, 128), (4, 64), (4, 128)])
@@ -76,14 +97,14 @@ def test_every_byte_of_a_row_is_written_once(bits, dim):
 
 def test_no_coordinate_of_8_bits_saturates():
     assert FP8_UNIT * 128**0.5 < codec.FP8_MAX
-    assert code_steps(8, 128) == (1, 1)
+    assert code_steps(8) == (1, 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sums_fit_their_integers(bits, dim):
     """Coordinates are the largest, or a vector the longest that it can be; and centroids the largest."""
-    steps, centroid_steps = code_steps(bits, dim)
+    steps, centroid_steps = code_steps(bits)
     book = codebook(bits)
     y = torch.randn(1000, dim) * 10 ** torch.rand(1000, dim)
     y[0, 1:] = 0  # a coordinate of all the length
@@ -91,7 +112,7 @@ def test_sums_fit_their_integers(bits, dim):
     factor = book.per_rms / y.square().mean(-1).sqrt() + book.per_peak / y.abs().amax(-1)
     grid = y.abs() * factor[:, None]
     assert grid.max() <= book.largest(dim) * (1 + 1e-6)
-    assert steps * book.largest(dim) < 2**15
+    assert steps * book.largest(dim) < 0x7C00  # which as a float16 is infinity
     assert dim * (centroid_steps * book.magnitudes[-1]) ** 2 < 2**31
     length = steps * (book.per_rms + book.per_peak) * dim**0.5  # of a vector whose coordinates are equal
     assert steps * grid.norm(dim=-1).max() <= length * (1 + 1e-6)
@@ -99,3 +120,13 @@ def test_sums_fit_their_integers(bits, dim):
     low, high = table_words(bits)
     table = [(low | high << 32) >> 8 * i & 0xFF for i in range(len(book.magnitudes))]
     assert table == [centroid_steps * m for m in book.magnitudes]
+
+
+def test_only_tensors_of_whole_16_bytes_are_copied():
+    x = torch.zeros(2, 66, 3, 128, dtype=torch.bfloat16)
+    assert copies_whole(x.transpose(1, 2))
+    assert copies_whole(x.transpose(1, 2)[:, :, 1:-1])
+    odd = torch.zeros(x.numel() + 8, dtype=torch.bfloat16)
+    assert not copies_whole(odd[1:-7].view(x.shape))  # starts between
+    assert not copies_whole(torch.zeros(2, 3, 64, 129, dtype=torch.bfloat16)[..., :128])
+    assert not copies_whole(x.transpose(2, 3))
