@@ -467,10 +467,11 @@ def check_exact(case: Case, device: str) -> None:
                 of_cache = (*visible, case.q_len, fmt, case.max_len, 2, work, kept, case.softcap, table)
                 warp_split(queries, cache, lens, *of_cache)
                 found.append(work.parts)
-    stored, lens = moved(before, "cpu"), lens.cpu()
-    reference.store(cache.cpu().clone(), k.cpu(), v.cpu(), lens, *rotations(case, "cpu"), fmt, stored)
+    stored, lens, table = moved(before, "cpu"), lens.cpu(), block_table(case, "cpu")
+    cache, turns = cache.cpu(), rotations(case, "cpu")
+    reference.store(cache.clone(), k.cpu(), v.cpu(), lens, *turns, fmt, stored, table)
     assert torch.equal(beside.exact.cpu().nan_to_num(7.0), stored.exact.nan_to_num(7.0)), "exact tokens"
-    keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, stored)
+    keys, values = reference.load(cache, lens, *turns, fmt, case.max_len, stored, table)
     seen = exact_tokens(stored, lens, case.max_len)[:, None, None]
     seen = seen if mask is None else seen & mask
     bounds = reference.last_tokens(lens, case.batch, case.q_len) if bounds is None else bounds
