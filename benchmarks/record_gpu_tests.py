@@ -22,19 +22,20 @@ def main() -> int:
     parser.add_argument("--commit", help="default: git's")
     args = parser.parse_args()
     command = ["make", "test-gpu", f"PYTHON={sys.executable}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    print(done.stdout, flush=True)
-    closing = [
-        line.strip("= ") for line in done.stdout.splitlines() if " passed" in line or " failed" in line
-    ]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
+        for line in tests.stdout or ():
+            print(line, end="", flush=True)  # what was said stays, if the time is up before the end
+            lines.append(line)
+    closing = [line.strip("= \n") for line in lines if " passed" in line or " failed" in line]
     result = {
         "what": " ".join(command[:2]),
         "environment": environment(args.commit),
-        "exit_status": done.returncode,
+        "exit_status": tests.returncode,
         "summary": closing[-1] if closing else "no summary",
     }
     write_result("gpu_tests", result, args.out)
-    return done.returncode
+    return tests.returncode
 
 
 if __name__ == "__main__":

@@ -393,6 +393,7 @@ EXACT_INTERPRETED = [
     Case("k4v4", 16, q_len=3, lens=(100, 40), bounds="row", dtype=FP16, exact=(0, 17)),
     Case("k4v4", 16, q_len=3, lens=(100, 40), dtype=FP32, exact=(1, 5)),
     Case("k4v4", 16, q_len=3, lens=(140, 40), dtype=FP16, exact=(100, 170)),
+    Case("k4v4", 16, q_len=3, lens=(100, 33), dtype=FP16, exact=(4, 32), page=64, hole=0),
 ]
 EXACT_GPU = [
     *EXACT_INTERPRETED,
