@@ -58,8 +58,8 @@ def test_the_model_that_ships(capsys, tmp_path):
     assert "tokens/s" in told.err
     assert "cache (turboquant, k4v4): " in told.err
     figures = json.loads(path.read_text())
-    slots, mean = 32 * 68, 64 * 4  # bytes of D=64
-    assert figures["cache_bytes"] == 7 * 2 * (slots + mean)  # layers, KV heads
+    slots, mean, exact = 32 * 68, 64 * 4, (4 + 12) * 2 * 64 * 4  # bytes of D=64
+    assert figures["cache_bytes"] == 7 * 2 * (slots + mean + exact)  # layers, KV heads
     assert figures["new_tokens"] == 12
 
 
