@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import torch
 import triton
 from kernel_cases import BF16, FP16, FP32, Case
-from kernel_checks import block_table, empty_beside, garbage_cache, lengths, rotations
+from kernel_inputs import block_table, empty_beside, garbage_cache, lengths, rotations
 from tq_inductor.kernels import prefill_pieces
 from tq_inductor.kernels.append import append_and_attend
 from tq_inductor.kernels.bits import unpack_asm
