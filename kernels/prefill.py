@@ -22,7 +22,7 @@ from .centroids import asm_for, centroids, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
-from .scores import NO_MASK, has_whole, load_mask, mask_arguments, soften, squash, visible_slots
+from .scores import NO_MASK, has_whole, hide, mask_arguments, soften, squash, visible_slots
 
 PROGRAMS_PER_SM = 2
 DIMS = (64, 128, 256)
@@ -168,12 +168,7 @@ def prefix_kernel(
             scores = squash(scores + mean_score[:, None], SOFTCAP)
         if (start < whole_from) | (start + BLOCK_N > whole_to):
             visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-            if MASK != NO_MASK:
-                ptrs = mask_ptr[:, None] + slot.to(tl.int64)[None, :] * mask_stride_n
-                let_through, bias = load_mask(ptrs, visible & valid[:, None], MASK)
-                visible &= let_through
-                scores += bias
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = hide(scores, visible, mask_ptr, slot, mask_stride_n, valid, MASK)
         weights, decay, total, peak = soften(scores, total, peak)
         v = load_values(v_ptr, start, filled, V_BITS, V_LO, V_HI, V_TABLE, V_DIM, GROUP, BLOCK_N, V_ASM)
         v_scale = tl.load(v_scale_ptr + slot, mask=known, other=0.0).to(tl.float32)

@@ -35,7 +35,7 @@ from .prefill import (
     whole_slots,
 )
 from .prefill_wgmma import WGMMA_TILE, describe, has_wgmma, wgmma_piece_kernel
-from .scores import FLOAT_MASK, KEY_MASK, NO_MASK, has_whole, load_mask, mask_arguments, squash
+from .scores import FLOAT_MASK, KEY_MASK, NO_MASK, has_whole, hide, mask_arguments, squash
 
 WORKSPACE = 64 << 20  # bytes, whatever the context is
 LEAST_ROWS = 256  # query rows of a KV head: for fewer `prefill`, which unpacks a tile for 128, is faster
@@ -193,12 +193,7 @@ def piece_kernel(
             scores = squash(scores + mean_score[:, None], SOFTCAP)
         if (start < whole_from) | (start + BLOCK_N > whole_to):
             visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-            if MASK != NO_MASK:
-                ptrs = mask_ptr[:, None] + slot.to(tl.int64)[None, :] * mask_stride_n
-                let_through, bias = load_mask(ptrs, visible & valid[:, None], MASK)
-                visible &= let_through
-                scores += bias
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = hide(scores, visible, mask_ptr, slot, mask_stride_n, valid, MASK)
         new_peak = tl.maximum(peak, tl.max(scores, axis=1) * slope)
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores * slope[:, None] - (origin - WEIGHT_BITS)[:, None])

@@ -124,21 +124,6 @@ def group_products(shared, operands, MMA: gl.constexpr):
 
 
 @gluon.jit
-def butterflies(x, COUNT: gl.constexpr):
-    """The Hadamard transform over the COUNT tensors but its last step."""
-    for bit in gl.static_range(4):
-        if 2 << bit < COUNT:
-            y = ()
-            for i in gl.static_range(COUNT):
-                if i >> bit & 1:
-                    y += (x[i - (1 << bit)] - x[i],)
-                else:
-                    y += (x[i] + x[i + (1 << bit)],)
-            x = y
-    return x
-
-
-@gluon.jit
 def last_butterflies(x, COUNT: gl.constexpr):
     """The last step of the transform, and of each lane's columns the largest magnitude, as int32.
 

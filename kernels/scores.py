@@ -36,6 +36,20 @@ def load_mask(ptrs, inside, MASK: tl.constexpr):
     return visible, bias
 
 
+@triton.jit
+def hide(scores, visible, mask_ptr, position, stride_n, valid, MASK: tl.constexpr):
+    """Scores [rows, positions] with what a mask adds, -inf where not `visible` or not let through.
+
+    `mask_ptr` has a pointer for each row; rows that are not `valid` read nothing.
+    """
+    if MASK != NO_MASK:
+        ptrs = mask_ptr[:, None] + position.to(tl.int64)[None, :] * stride_n
+        let_through, bias = load_mask(ptrs, visible & valid[:, None], MASK)
+        visible &= let_through
+        scores += bias
+    return tl.where(visible, scores, float("-inf"))
+
+
 def expand_bounds(bounds: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     """`bounds` with a row for each row of the batch and token of q `[B, H, q, D]`."""
     return None if bounds is None else bounds.expand(q.shape[0], q.shape[2], bounds.shape[2])

@@ -24,7 +24,6 @@ from .prompt_codes import code_steps, encode_asm, first_byte, lanes_apart, words
 from .prompt_sums import LARGE, SMALL, over_rows, rows_and_tokens, squares_of, to_columns, to_ordinary
 from .prompt_transform import (
     TOKENS,
-    butterflies,
     copy_group,
     group_memory,
     group_products,
@@ -35,6 +34,7 @@ from .prompt_transform import (
     transform_operands,
 )
 from .slots import locate_exact, locate_page
+from .warp_hadamard import butterflies
 
 WARPS, REGISTERS = 12, 168  # on a multiprocessor, as many for each of its schedulers; of a thread
 MOST_GROUPS = 32  # of a program: its start costs a third of a group
@@ -208,7 +208,7 @@ def store_side(
             for i in gl.static_range(COUNT):
                 less += (y[i] - mean[i],)
             y = less
-        y, peak = last_butterflies(butterflies(y, COUNT), COUNT)
+        y, peak = last_butterflies(butterflies(y, COUNT, COUNT // 2), COUNT)
         squares, peak = over_rows(squares_of(y, COUNT), False), over_rows(peak, True)
         LANES: gl.constexpr = squares.type.layout
         unit = gl.full([8, 4], 1.0, float32, LANES)

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..beside import Beside, Chunk
 from .bits import operand_dtype
 from .exact import Parts, empty_parts, exact_positions
-from .scores import LOG2_E, NO_MASK, load_mask, mask_arguments, soften, squash, visible_slots
+from .scores import LOG2_E, hide, mask_arguments, soften, squash, visible_slots
 from .varlen import load_block
 
 
@@ -43,12 +43,8 @@ def attend_tile(
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
     scores = squash(scores * (scale * LOG2_E), SOFTCAP)
     visible = known[None, :] & (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
-    if MASK != NO_MASK:
-        ptrs = mask_ptr[:, None] + position.to(tl.int64)[None, :] * stride_n
-        let_through, bias = load_mask(ptrs, visible & valid[:, None], MASK)
-        visible &= let_through
-        scores += bias
-    weights, decay, total, peak = soften(tl.where(visible, scores, float("-inf")), total, peak)
+    scores = hide(scores, visible, mask_ptr, position, stride_n, valid, MASK)
+    weights, decay, total, peak = soften(scores, total, peak)
     v = load_tokens(v_ptr, v_stride_d, known, dv_start, OPERAND, V_DIM, BLOCK_DV)
     rounded = weights.to(OPERAND)
     acc = tl.dot(rounded, v, acc * decay[:, None], input_precision="ieee")

@@ -26,14 +26,10 @@ HADAMARD_16 = gl.constexpr(hadamard_asm())
 
 
 @gluon.jit
-def hadamard(tiles, COUNT: gl.constexpr):
-    """The Hadamard transform over the 16 * COUNT dims of sums, COUNT tiles [16, N] in any order of bits."""
-    x = ()
-    for i in gl.static_range(COUNT):
-        y = gl.inline_asm_elementwise(HADAMARD_16, "=f,=f,=f,=f,f,f,f,f", [tiles[i]], gl.float32, True, 4)
-        x += (y,)
+def butterflies(x, COUNT: gl.constexpr, END: gl.constexpr):
+    """Sums and differences of the COUNT tensors whose numbers differ in a bit, for the bits below END."""
     for bit in gl.static_range(4):
-        if 1 << bit < COUNT:
+        if 1 << bit < END:
             y = ()
             for i in gl.static_range(COUNT):
                 if i >> bit & 1:
@@ -42,3 +38,13 @@ def hadamard(tiles, COUNT: gl.constexpr):
                     y += (x[i] + x[i + (1 << bit)],)
             x = y
     return x
+
+
+@gluon.jit
+def hadamard(tiles, COUNT: gl.constexpr):
+    """The Hadamard transform over the 16 * COUNT dims of sums, COUNT tiles [16, N] in any order of bits."""
+    x = ()
+    for i in gl.static_range(COUNT):
+        y = gl.inline_asm_elementwise(HADAMARD_16, "=f,=f,=f,=f,f,f,f,f", [tiles[i]], gl.float32, True, 4)
+        x += (y,)
+    return butterflies(x, COUNT, COUNT)

@@ -500,6 +500,25 @@ PREFILL_INTERPRETED = [
     ),
     Case("bf16", 24, heads=2, q_len=17, lens=(50, 30), dtype=FP32, bounds="window", page=16, softcap=5.0),
 ]
+CHUNK_FORMATS = (("k4v4", 128, BF16), ("k3v2", 64, FP16), ("k8v8", 256, BF16))
+CHUNK_MASKS = (
+    (17, "bool", "none"),
+    (129, "left", "none"),
+    (65, "float", "row"),
+    (300, "none", "window"),
+)
+
+
+def masked_chunks(formats: tuple[tuple, ...], masks: tuple[tuple, ...]) -> list[Case]:
+    """Chunks of formats (name, D, dtype), each with (queries, mask, bounds)."""
+    return [
+        Case(name, dim, heads=14, q_len=q, lens=(900, 330), max_len=1000, mask=mask, bounds=b, sinks=True,
+             dtype=dtype)
+        for name, dim, dtype in formats
+        for q, mask, b in masks
+    ]  # fmt: skip
+
+
 # Of few rows, too: `check_pieces` sends them all to `prefill_pieces`.
 PIECES_INTERPRETED = [
     replace(case, dtype=FP16, small_pieces=True)
@@ -546,27 +565,8 @@ PIECES_GPU = [
         for small in (False, True)
     ),
     *(
-        Case(
-            name,
-            dim,
-            heads=14,
-            q_len=q,
-            lens=(900, 330),
-            max_len=1000,
-            mask=mask,
-            bounds=b,
-            sinks=True,
-            dtype=dtype,
-            small_pieces=True,
-        )
-        for name, dim, dtype in (("k4v4", 128, BF16), ("k3v2", 64, FP16), ("k8v8", 256, BF16))
-        for q, mask, b in (
-            (17, "bool", "none"),
-            (129, "left", "none"),
-            (65, "float", "row"),
-            (300, "none", "window"),
-            (100, "holes", "scan"),
-        )
+        replace(case, small_pieces=True)
+        for case in masked_chunks(CHUNK_FORMATS, (*CHUNK_MASKS, (100, "holes", "scan")))
     ),
     *(
         Case(name, 128, v_dim, heads=8, q_len=257, lens=(9000, 5000, 300), max_len=9216, softcap=cap)
@@ -593,32 +593,7 @@ PREFILL_GPU = [
             (4, 2, 300, (2, 400)),
         )
     ),
-    *(
-        Case(
-            name,
-            dim,
-            heads=14,
-            q_len=q,
-            lens=(900, 330),
-            max_len=1000,
-            mask=mask,
-            bounds=b,
-            sinks=True,
-            dtype=dtype,
-        )
-        for name, dim, dtype in (
-            ("k4v4", 128, BF16),
-            ("k3v2", 64, FP16),
-            ("k8v8", 256, BF16),
-            ("k4v4", 64, FP32),
-        )
-        for q, mask, b in (
-            (17, "bool", "none"),
-            (129, "left", "none"),
-            (65, "float", "row"),
-            (300, "none", "window"),
-        )
-    ),
+    *masked_chunks((*CHUNK_FORMATS, ("k4v4", 64, FP32)), CHUNK_MASKS),
     *(Case(name, q_len=129, lens=(1007, 129), max_len=1024) for name in format_names()),
     *(
         Case("k4v4", q_len=200, lens=(900, 201), max_len=1000, keys=keys)

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     ],
     "kernels.store_prompt": [
         *("kernels.bits", "kernels.prompt_codes", "kernels.prompt_sums", "kernels.prompt_transform"),
-        *("kernels.slots", "beside", "format"),
+        *("kernels.slots", "kernels.warp_hadamard", "beside", "format"),
     ],
     "kernels.prompt_transform": ["kernels.warp_tiles", "format"],
     "kernels.scores": [],
