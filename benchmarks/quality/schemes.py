@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tq_inductor import PackedKVCache
+from tq_inductor.beside import DECODE_TOKENS
 
 from .codes import CODES, Code
 
@@ -79,14 +80,15 @@ def through_cache(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the package's cache of format `name` gives back of k and v `[B, H, L, D]` from its packed bytes.
 
-    It takes `chunk` tokens first, from which it takes its mean. Everything is read from the packed bytes:
-    what `update` returns may hold a chunk's own tokens as they came.
+    It takes `chunk` tokens first, as a prompt, and the others as decoding brings them. Everything is read
+    from the packed bytes: what `update` returns may hold a chunk's own tokens as they came.
     """
     batch, heads, length, dim = k.shape
     cache = PackedKVCache(batch, heads, dim, length, kv_format=name, dtype=torch.float32, device="cpu")
-    for part in (slice(chunk), slice(chunk, None)):
-        if k[:, :, part].shape[2]:
-            cache.append(k[:, :, part], v[:, :, part])
+    cache.append(k[:, :, :chunk], v[:, :, :chunk])
+    for start in range(chunk, length, DECODE_TOKENS):  # of so many codes are those of one after the other
+        part = slice(start, start + DECODE_TOKENS)
+        cache.append(k[:, :, part], v[:, :, part])
     return cache.read(length)
 
 

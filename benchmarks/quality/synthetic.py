@@ -3,8 +3,9 @@
 The reference (quality-and-peers, section 4) gives figures and names of its key sets but not every
 number behind them. The ones here were chosen to give those figures: channels of queries and keys have
 log-normal scales (sigma 0.5), RoPE's base is 1e6, and the means sit before RoPE in 4 of the slowest
-pairs, which hardly turn. "turning" is ours: the same means in channels of any speed, where a mean taken
-after RoPE is of little use.
+pairs, which hardly turn. Two are ours: "half a turn", the same means in pairs that turn by about half
+within the text, where the mean of the first keys is wrong further on; and "turning", in channels of any
+speed, where a mean taken after RoPE is of little use.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ THETA = 1e6
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of synthetic keys: the mean of `MEAN_CHANNELS` channels, in slow RoPE pairs or any."""
+    """A set of synthetic keys: the mean of `MEAN_CHANNELS` channels, from `first` on; None: any."""
 
     name: str
     mean: float
-    slow: bool = True
+    first: int | None = HEAD_DIM // 2 - MEAN_CHANNELS  # the slowest RoPE pairs
 
 
 KINDS = (
     Kind("mild", 0.0),
     Kind("mean 8", 8.0),
     Kind("Qwen-like", 40.0),
-    Kind("turning", 40.0, slow=False),
+    Kind("half a turn", 40.0, first=31),  # of pairs 31 to 34: by 1.6 to 0.8 pi
+    Kind("turning", 40.0, first=None),
 )
 
 
@@ -71,9 +73,10 @@ def draw(kind: Kind, seed: int = 0) -> Draw:
     q_scale, k_scale = ((CHANNEL_SIGMA * normal(1, HEADS, 1, HEAD_DIM)).exp() for _ in range(2))
     bias = torch.zeros(HEADS, HEAD_DIM)
     for head in range(HEADS):
-        slow = torch.arange(HEAD_DIM // 2 - MEAN_CHANNELS, HEAD_DIM // 2)
-        any_speed = torch.randperm(HEAD_DIM, generator=generator)[:MEAN_CHANNELS]
-        bias[head, slow if kind.slow else any_speed] = kind.mean
+        channels = torch.randperm(HEAD_DIM, generator=generator)[:MEAN_CHANNELS]
+        if kind.first is not None:
+            channels = torch.arange(kind.first, kind.first + MEAN_CHANNELS)
+        bias[head, channels] = kind.mean
     last, positions = torch.tensor([TOKENS - 1]), torch.arange(TOKENS)
     counts = (QUERIES, CALIBRATION_QUERIES)
     q, other_q = (rope(normal(1, HEADS, count, HEAD_DIM) * q_scale, last, THETA) for count in counts)
