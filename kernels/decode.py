@@ -39,7 +39,7 @@ from .bits import (
 from .decode_query import rotate, rotate_queries
 from .decode_reduce import reduce_splits
 from .decode_rows import load_query
-from .decode_tile import attend_tile, hide
+from .decode_tile import attend_tile, hide_in_part
 from .decode_warp import attend_by_warps, takes
 from .exact import Parts, exact_work
 from .pages import table_arguments, tokens_of_page
@@ -177,7 +177,7 @@ def decode_split_kernel(
         needed = True
         if MASK != NO_MASK and not HAS_BOUNDS:  # a tile that no row sees is not read
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            shown = hide(
+            shown = hide_in_part(
                 zeros, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len,
                 HAS_WHOLE, MASK,
             )  # fmt: skip

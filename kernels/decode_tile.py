@@ -28,7 +28,7 @@ def apply_mask(
 
 
 @triton.jit
-def hide(
+def hide_in_part(
     scores, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len,
     HAS_WHOLE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def attend_tile(
         scores = squash(scores + mean_score[:, None], SOFTCAP)
     if PAGE > 0:  # a token without a page was dropped: a query that sees it gives NaN
         scores = tl.where((page < 0)[None, :], float("nan"), scores)
-    scores = hide(
+    scores = hide_in_part(
         scores, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len, HAS_WHOLE,
         MASK,
     )  # fmt: skip
