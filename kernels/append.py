@@ -47,11 +47,11 @@ def append_and_attend(
     with torch.cuda.device_of(q):
         bounds = expand_bounds(bounds, q)
         work = exact_work(q, cache.shape[1], fmt.v_head_dim, scale, beside, (k, v))
-        queries = store_and_rotate(
-            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, softcap, block_table
+        queries, scores = store_and_rotate(
+            cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, block_table
         )
         attend_by_warps(
-            out, q, queries, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+            out, q, queries, scores, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
             max_len, scale, beside, softcap, block_table,
         )  # fmt: skip
     return out

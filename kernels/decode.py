@@ -2,7 +2,8 @@
 
 Three launches (two for a lossless format):
 
-1. `rotate_kernel`: q @ rotation in float32, so that scores are taken against codes as they lie.
+1. `rotate_kernel`: q @ rotation in float32, so that scores are taken against codes as they lie; and
+   `mean_scores`, if keys have means.
 2. `decode_split_kernel`: grid (splits x row blocks x blocks of value dimensions, KV heads, batch).
    A program reads a run of tiles of one KV head once for all query rows (heads of the group x new
    tokens) of its block, with two tensor-core dots a tile, and writes a normalised partial output and
@@ -42,6 +43,7 @@ from .decode_rows import load_query
 from .decode_tile import attend_tile, hide_in_part
 from .decode_warp import attend_by_warps, takes
 from .exact import Parts, exact_work
+from .mean_scores import mean_scores
 from .pages import table_arguments, tokens_of_page
 from .prefill import attend_to_prefix, takes_prefix
 from .prefill_pieces import attend_by_pieces, takes_pieces
@@ -65,9 +67,9 @@ def decode_split_kernel(
     bounds_ptr, mask_ptr, table_ptr, partial_ptr, log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, scale_stride_b,
     scale_stride_h, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b,
-    mask_stride_h, mask_stride_t, mask_stride_n, table_stride_b, table_stride_n, q_len, own, max_len,
-    splits, scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
-    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
+    mask_stride_h, mask_stride_t, mask_stride_n, table_stride_b, table_stride_n, segments, q_len, own,
+    max_len, splits, scale, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr,
+    K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUP: tl.constexpr, HEADS: tl.constexpr, HAS_LENS: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr,
     MASK: tl.constexpr, HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
@@ -165,10 +167,7 @@ def decode_split_kernel(
     inv_peak = 1.0 / q_peak
     q = load_query(q_ptr, q_stride_d, valid, 0, inv_peak, OPERAND, K_DIM, BLOCK_D)
     q_scale = q_peak * (scale * LOG2_E)
-    mean_score = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_MEAN:
-        q_row = (batch * tl.num_programs(1) * HEADS + head) * q_len + token
-        mean_score = tl.load(mean_score_ptr + q_row, mask=valid, other=0.0)
+    mean_ptrs = mean_score_ptr + (batch * tl.num_programs(1) + kv_head) * segments * rows + row
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -184,11 +183,12 @@ def decode_split_kernel(
             needed = tl.max(tl.max(shown, axis=1), axis=0) > float("-inf")
         if needed:
             acc, total, peak = attend_tile(
-                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr,
-                table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr,
-                v_scale_ptr, scale_stride_b, start, filled, dv_start, low, high, whole_from, whole_to,
-                mask_ptr, mask_stride_n, max_len, HAS_WHOLE, MASK, SOFTCAP, K_BITS, V_BITS, K_LO, K_HI,
-                V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, COPIES, BLOCK_N, BLOCK_D, BLOCK_DV,
+                acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_ptrs, rows,
+                table_ptr, table_stride_n, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
+                k_scale_ptr, v_scale_ptr, scale_stride_b, start, filled, dv_start, low, high, whole_from,
+                whole_to, mask_ptr, mask_stride_n, max_len, HAS_WHOLE, MASK, HAS_MEAN, SOFTCAP, K_BITS,
+                V_BITS, K_LO, K_HI, V_LO, V_HI, OPERAND, K_DIM, V_DIM, V_GROUP, PAGE, COPIES, BLOCK_N,
+                BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     if PDL:
@@ -247,13 +247,13 @@ def decode(
         return out
     bounds = expand_bounds(bounds, q)
     page = tokens_of_page(cache, fmt, block_table)
-    k_mean = None if softcap is None else beside.k_mean  # the reduction adds it otherwise
     if own is None and takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
         with torch.cuda.device_of(q):
             work = exact_work(q, cache.shape[1], fmt.v_head_dim, scale, beside)
-            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
+            scores = mean_scores(q, beside.k_mean, seq_lens, scale)
             attend_by_warps(
-                out, q, queries, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+                out, q, queries, scores, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
                 max_len, scale, beside, softcap, block_table, lse,
             )  # fmt: skip
         return out
@@ -265,22 +265,23 @@ def decode(
         unpacked = (attn_mask, bounds, max_len, scale, softcap, cache.shape[1], fmt.v_head_dim)
         parts = attend_unpacked(q, own, beside, seq_lens, *unpacked)
         own_tokens = 0 if own is None else own[0].shape[2]
+        scores = mean_scores(q, beside.k_mean, seq_lens, scale)
         if takes_prefix(q, fmt, page):
-            queries = rotate_queries(q, k_rotation, cache.shape[1], scale, k_mean)
+            queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
             last = (*visible, fmt, beside, own_tokens, parts)
             attend_by = attend_by_pieces if takes_pieces(q, cache.shape[1]) else attend_to_prefix
-            attend_by(out, q, queries, cache, seq_lens, v_rotation, *last)
+            attend_by(out, q, queries, scores, cache, seq_lens, v_rotation, *last)
         elif fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
             last = (*where, *visible, beside, own_tokens, parts)
-            _launch(out, q, q, None, k, v, fmt, None, seq_lens, None, *last)
+            _launch(out, q, None, k, v, fmt, None, seq_lens, None, *last)
         else:
             k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
             scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
-            rotated = rotate(q, k_rotation, scale, k_mean)
+            rotated = rotate(q, k_rotation)
             last = (*where, *visible, beside, own_tokens, parts)
-            _launch(out, q, *rotated, k, v, fmt, scales, seq_lens, v_rotation, *last)
+            _launch(out, rotated, scores, k, v, fmt, scales, seq_lens, v_rotation, *last)
     return out
 
 
@@ -304,14 +305,13 @@ def attend(
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
         visible = (None, 0, attn_mask, bounds, sinks, k.shape[2], scale, softcap, lse)
-        _launch(out, q, q, None, k, v, None, None, None, None, *visible, NOTHING)
+        _launch(out, q, None, k, v, None, None, None, None, *visible, NOTHING)
     return out
 
 
 def _launch(
-    out: torch.Tensor,
-    raw_q: torch.Tensor, q: torch.Tensor, mean_scores: torch.Tensor | None, k: torch.Tensor,
-    v: torch.Tensor, fmt: KVFormat | None, scales: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor, q: torch.Tensor, scores: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
+    fmt: KVFormat | None, scales: tuple[torch.Tensor, torch.Tensor] | None,
     seq_lens: torch.Tensor | None, v_rotation: torch.Tensor | None,
     block_table: torch.Tensor | None, page: int, attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
@@ -320,7 +320,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given.
 
-    If k and v are packed, q and `mean_scores` are `rotate`'s of `raw_q` and `scales` are given. `parts` has
+    If k and v are packed, q is rotated, `scores` are its `mean_scores` and `scales` are given. `parts` has
     the exact tokens and the `own` last ones.
     """
     batch, heads, q_len, dim = q.shape
@@ -366,23 +366,21 @@ def _launch(
     if mask_kind != NO_MASK.value and not scales and not has_whole(bounds, mask_kind):
         num_stages = 2  # of the mask too
     decode_split_kernel[(programs * splits, kv_heads, batch)](
-        q, q if mean_scores is None else mean_scores, k, v, k_scales, v_scales,
+        q, q if scores is None else scores, k, v, k_scales, v_scales,
         q if seq_lens is None else seq_lens,
         q if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
         partial, logs, *q.stride(), *k.stride()[:3], *v.stride()[:3], *k_scales.stride()[:2],
-        lens_stride, from_stride, *bounds_strides, *mask_strides, *table[1:], q_len,
-        own, max_len, splits,
-        scale, K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
+        lens_stride, from_stride, *bounds_strides, *mask_strides, *table[1:], beside.segments, q_len, own,
+        max_len, splits, scale, K_BITS=k_bits, V_BITS=v_bits, K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi,
         OPERAND=operand, K_DIM=dim, V_DIM=dv, V_GROUP=PAGE_ALIGNMENT if scales else 1, HEADS=group,
         HAS_LENS=seq_lens is not None, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind,
-        HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, PAGE=page,
+        HAS_MEAN=scores is not None, SOFTCAP=softcap or 0.0, PAGE=page,
         COPIES=copies, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, DIRECT=direct,
         num_warps=num_warps, num_stages=num_stages, **early_launch(q.device),
     )  # fmt: skip
     if direct:
         return
     reduce_splits(
-        out, partial, logs, raw_q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        None if softcap else beside.k_mean, lse, parts,
-    )  # fmt: skip
+        out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, lse, parts
+    )

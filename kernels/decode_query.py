@@ -1,8 +1,8 @@
 """The first launch of decoding: rotate the queries.
 
 For decoding by warps they are brought to the range of float16; when such a step also appends, other
-programs of the launch store the new tokens (`store_and_rotate`). For the portable kernel they are float32
-(`rotate`).
+programs of the launch store the new tokens and score the means of keys (`store_and_rotate`). For the
+portable kernel they are float32 (`rotate`).
 
 They wait before they let the next launch start: that has programs that do not wait (`exact`) and need what
 was there before this one.
@@ -18,64 +18,48 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import Beside
 from ..format import KVFormat
 from .bits import TINY, early_launch, hadamard
+from .key_means import MEAN_OF, take_means
+from .mean_scores import SEGMENTS, empty_scores, score_means
 from .scores import LOG2_E
-from .store import store_arguments, store_kernel, take_mean
+from .store import store_arguments, store_kernel
 
 ROWS = 1  # of a program, which is a warp
 
 
 @triton.jit
 def rotate_kernel(
-    x_ptr, rotation_ptr, mean_ptr, out_ptr, mean_score_ptr, stride_b, stride_h, stride_t, stride_d, rows,
-    heads, tokens, scale, HAS_MEAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, rotation_ptr, out_ptr, stride_b, stride_h, stride_t, stride_d, rows, heads, tokens,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, tokens, D] float32, contiguous = x @ rotation; the scores of the means in base 2."""
+    """out [B, H, tokens, D] float32, contiguous = x @ rotation."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     batch, head = row // tokens // heads, row // tokens % heads
     x_ptr += batch * stride_b + head * stride_h + row % tokens * stride_t
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    score = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, DIM, BLOCK_K):
         dims = start + tl.arange(0, BLOCK_K)
         mask = (row < rows)[:, None] & (dims < DIM)[None, :]
         x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
-        if HAS_MEAN:
-            mean_ptrs = mean_ptr + (row // tokens // HEADS * DIM)[:, None] + dims[None, :]
-            mean = tl.load(mean_ptrs, mask=mask, other=0.0)
-            score += tl.sum(x.to(tl.float32) * mean.to(tl.float32), axis=1)
         mask = (dims < DIM)[:, None] & (columns < DIM)[None, :]
         rotation = tl.load(rotation_ptr + dims[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
         out = tl.dot(x.to(tl.float32), rotation, out, input_precision="ieee")
     mask = (row < rows)[:, None] & (columns < DIM)[None, :]
     tl.store(out_ptr + row[:, None] * DIM + columns[None, :], out, mask=mask)
-    if HAS_MEAN:
-        mask = (row < rows) & (tl.program_id(1) == row * 0)  # one shape, as in `decode`
-        tl.store(mean_score_ptr + row, score * (scale * LOG2_E), mask=mask)
 
 
 @triton.jit
 def rotate_block(
-    block, q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr, mean_score_ptr, stride_b, stride_h, stride_t,
-    stride_d, rows, kv_heads, q_len, scale, MEAN_SCORES: tl.constexpr, DIM: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    block, q_ptr, rotation_ptr, out_ptr, scale_ptr, stride_b, stride_h, stride_t, stride_d, rows, kv_heads,
+    q_len, scale, DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rotated query rows [batch, KV head, token, head of the group], over their largest magnitude.
-
-    And, if asked for, the scores of the means.
-    """
+    """Rotated query rows [batch, KV head, token, head of the group], over their largest magnitude."""
     row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     group, token = row // HEADS // q_len, row // HEADS % q_len
     head = group % kv_heads * HEADS + row % HEADS
     dims = tl.arange(0, DIM)
     q_ptr += group // kv_heads * stride_b + head * stride_h + token * stride_t
     q = tl.load(q_ptr[:, None] + dims[None, :] * stride_d, mask=(row < rows)[:, None], other=0.0)
-    if MEAN_SCORES:
-        mean_ptrs = mean_ptr + group[:, None] * DIM + dims[None, :]
-        mean = tl.load(mean_ptrs, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
-        score = tl.sum(q.to(tl.float32) * mean, axis=1) * (scale * LOG2_E)
-        tl.store(mean_score_ptr + row, score, mask=row < rows)
     # The rotation is its first column times the Hadamard matrix.
     signs = tl.load(rotation_ptr + dims * DIM) * scale
     y = hadamard(q.to(tl.float32) * signs[None, :])
@@ -87,16 +71,15 @@ def rotate_block(
 
 @triton.jit
 def query_kernel(
-    q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t,
-    q_stride_d, rows, kv_heads, q_len, scale, MEAN_SCORES: tl.constexpr, DIM: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, rotation_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, kv_heads,
+    q_len, scale, DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     rotate_block(
-        tl.program_id(0), q_ptr, rotation_ptr, mean_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b,
-        q_stride_h, q_stride_t, q_stride_d, rows, kv_heads, q_len, scale, MEAN_SCORES, DIM, HEADS, BLOCK_M,
+        tl.program_id(0), q_ptr, rotation_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t,
+        q_stride_d, rows, kv_heads, q_len, scale, DIM, HEADS, BLOCK_M,
     )  # fmt: skip
 
 
@@ -106,15 +89,15 @@ def prepare_kernel(
     exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
     k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
-    q_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, scale,
-    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    segments, q_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    rows, scale, HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, MEAN_SCORES: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, SCORE_M: tl.constexpr,
+    SCORE_S: tl.constexpr, SCORE_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`store_kernel` in two rows of the grid, then the queries."""
+    """`store_kernel` in two rows of the grid, then the queries, then the scores of means."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -124,16 +107,29 @@ def prepare_kernel(
             exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
             k_stride_b, k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d,
             lens_stride, from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads,
-            new, capacity, HAS_MEAN, HAS_EXACT, SINKS,
-            RECENT, K_BITS, V_BITS, K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE,
-            BLOCK, BLOCK_K,
+            new, capacity, segments, HAS_MEAN, HAS_EXACT, SINKS, RECENT, K_BITS, V_BITS, K_MAGNITUDES,
+            V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE, BLOCK, BLOCK_K,
         )  # fmt: skip
     else:
-        rotate_block(
-            (tl.program_id(1) - 2) * tl.num_programs(0) + tl.program_id(0), q_ptr, k_rotation_ptr, mean_ptr,
-            out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows,
-            kv_heads, new, scale, MEAN_SCORES, K_DIM, HEADS, BLOCK_M,
-        )  # fmt: skip
+        index = (tl.program_id(1) - 2) * tl.num_programs(0) + tl.program_id(0)
+        blocks = tl.cdiv(rows, BLOCK_M)
+        if index < blocks:
+            rotate_block(
+                index, q_ptr, k_rotation_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t,
+                q_stride_d, rows, kv_heads, new, scale, K_DIM, HEADS, BLOCK_M,
+            )  # fmt: skip
+        elif HAS_MEAN:
+            runs = tl.cdiv(segments, SCORE_S)
+            group, block = ((index - blocks) // runs).to(tl.int64), (index - blocks) % runs
+            own_rows = new * HEADS
+            if group * own_rows < rows:
+                seq_len = tl.load(seq_lens_ptr + group // kv_heads * lens_stride)
+                if block * SCORE_S * MEAN_OF < seq_len:
+                    score_means(
+                        q_ptr, mean_ptr, mean_score_ptr, seq_len, new, group, block, 0, own_rows,
+                        q_stride_b, q_stride_h, q_stride_t, q_stride_d, own_rows, kv_heads, segments, scale,
+                        K_DIM, HEADS, SCORE_M, SCORE_S, SCORE_D,
+                    )  # fmt: skip
 
 
 class Queries(NamedTuple):
@@ -143,41 +139,29 @@ class Queries(NamedTuple):
         rows: `[B, Hkv, q * H / Hkv, D]` float16, over their largest magnitudes.
         factors: `[B, Hkv, q * H / Hkv]` float32: a score in base 2 is the factor times the product of a row
             and a rotated key.
-        mean_scores: like the factors, the scores of the mean of keys in base 2; None if not asked for.
     """
 
     rows: torch.Tensor
     factors: torch.Tensor
-    mean_scores: torch.Tensor | None
 
 
-def empty_queries(q: torch.Tensor, kv_heads: int, mean_scores: bool) -> Queries:
+def empty_queries(q: torch.Tensor, kv_heads: int) -> Queries:
     """Of q `[B, H, q, D]`, not filled."""
     batch, heads, q_len, dim = q.shape
     group = heads // kv_heads
     rows = torch.empty((batch, kv_heads, q_len * group, dim), dtype=torch.float16, device=q.device)
-    factors = torch.empty(rows.shape[:-1], dtype=torch.float32, device=q.device)
-    return Queries(rows, factors, torch.empty_like(factors) if mean_scores else None)
+    return Queries(rows, torch.empty(rows.shape[:-1], dtype=torch.float32, device=q.device))
 
 
-def rotate_queries(
-    q: torch.Tensor, rotation: torch.Tensor, kv_heads: int, scale: float, k_mean: torch.Tensor | None
-) -> Queries:
-    """Rotate q `[B, H, q, D]`, D a power of two; with a mean, take its scores."""
-    queries = empty_queries(q, kv_heads, k_mean is not None)
+def rotate_queries(q: torch.Tensor, rotation: torch.Tensor, kv_heads: int, scale: float) -> Queries:
+    """Rotate q `[B, H, q, D]`, D a power of two."""
+    queries = empty_queries(q, kv_heads)
     rows = queries.factors.numel()
     query_kernel[(triton.cdiv(rows, ROWS),)](
-        q, rotation, q if k_mean is None else k_mean, *filled(queries), *q.stride(), rows, kv_heads,
-        q.shape[2], scale, MEAN_SCORES=k_mean is not None, DIM=q.shape[3], HEADS=q.shape[1] // kv_heads,
-        BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
+        q, rotation, *queries, *q.stride(), rows, kv_heads, q.shape[2], scale, DIM=q.shape[3],
+        HEADS=q.shape[1] // kv_heads, BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return queries
-
-
-def filled(queries: Queries) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a kernel fills; any tensor in the place of one that it does not."""
-    rows, factors, mean_scores = queries
-    return rows, factors, factors if mean_scores is None else mean_scores
 
 
 def store_and_rotate(
@@ -191,42 +175,34 @@ def store_and_rotate(
     fmt: KVFormat,
     scale: float,
     beside: Beside,
-    softcap: float | None = None,
     block_table: torch.Tensor | None = None,
-) -> Queries:
-    """`store` and `rotate_queries` in one launch, for dimensions that are powers of two up to 256.
-
-    A softcap needs the scores of the means.
-    """
-    mean_scores = softcap is not None and beside.k_mean is not None
-    queries = empty_queries(q, cache.shape[1], mean_scores)
-    take_mean(k, seq_lens, beside)
+) -> tuple[Queries, torch.Tensor | None]:
+    """`store`, `rotate_queries` and `mean_scores` in one launch, for dims of powers of two up to 256."""
+    queries = empty_queries(q, cache.shape[1])
+    take_means(k, seq_lens, beside)
     arguments, constants = store_arguments(
         cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table
     )
     rows = queries.factors.numel()
+    scores = None if beside.k_mean is None else empty_scores(q, beside.k_mean)
+    others = triton.cdiv(rows, ROWS) + q.shape[0] * k.shape[1] * triton.cdiv(beside.segments, SEGMENTS)
     blocks = triton.cdiv(k[..., 0].numel(), constants["BLOCK"])
-    prepare_kernel[(blocks, 2 + triton.cdiv(triton.cdiv(rows, ROWS), blocks))](
-        *arguments, q, *filled(queries), *q.stride(), rows, scale, **constants, MEAN_SCORES=mean_scores,
-        HEADS=q.shape[1] // k.shape[1], BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
+    prepare_kernel[(blocks, 2 + triton.cdiv(others, blocks))](
+        *arguments, q, *queries, queries.factors if scores is None else scores, *q.stride(), rows, scale,
+        **constants, HEADS=q.shape[1] // k.shape[1], BLOCK_M=ROWS, SCORE_M=16, SCORE_S=SEGMENTS,
+        SCORE_D=min(64, q.shape[3]), num_warps=1, **early_launch(q.device),
     )  # fmt: skip
-    return queries
+    return queries, scores
 
 
-def rotate(
-    x: torch.Tensor, rotation: torch.Tensor, scale: float, k_mean: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`x @ rotation` for x `[B, H, q, D]`, in float32; with a mean its scores `[B, H, q]` in base 2."""
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """`x @ rotation` for x `[B, H, q, D]`, in float32."""
     batch, heads, tokens, dim = x.shape
     out = torch.empty((batch, heads, tokens, dim), dtype=torch.float32, device=x.device)
-    mean_scores = None if k_mean is None else torch.empty_like(out[..., 0])
     rows = batch * heads * tokens
     block_m, block_d = 16, 32  # small blocks: few rows, many programs
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))
-    rotate_kernel[grid](
-        x, rotation, x if k_mean is None else k_mean, out, out if mean_scores is None else mean_scores,
-        *x.stride(), rows, heads, tokens, scale, HAS_MEAN=k_mean is not None,
-        HEADS=1 if k_mean is None else heads // k_mean.shape[1], DIM=dim, BLOCK_M=block_m,
-        BLOCK_D=block_d, BLOCK_K=32, num_warps=4,
+    rotate_kernel[(triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))](
+        x, rotation, out, *x.stride(), rows, heads, tokens, DIM=dim, BLOCK_M=block_m, BLOCK_D=block_d,
+        BLOCK_K=32, num_warps=4,
     )  # fmt: skip
-    return out, mean_scores
+    return out

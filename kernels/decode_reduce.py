@@ -1,9 +1,8 @@
 """The last step of split-KV decoding: add up the partial outputs of a query row, and what they leave out.
 
-Partials are of packed tokens, in the rotated space of the values, their scores less `q . mean` unless a
-softcap needed it before. Left out are a sink of the head, and visible slots past the length, whose keys and
-values are zeros. Tokens that are there as they came have partials of their own, `Parts`, whose scores are
-whole and which are not rotated. A program takes one query row.
+Partials are of packed tokens, in the rotated space of the values. Left out are a sink of the head, and
+visible slots past the length, whose keys and values are zeros. Tokens that are there as they came have
+partials of their own, `Parts`, which are not rotated. A program takes one query row.
 
 Bytes: the partials.
 """
@@ -57,21 +56,20 @@ def load_partials(ptr, index, exists, dims, DIM: tl.constexpr):
 
 @triton.jit
 def decode_reduce_kernel(
-    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lse_ptr, q_ptr, mean_ptr,
-    bounds_ptr, mask_ptr, part_ptr, part_log_ptr, lens_stride, q_stride_b, q_stride_h, q_stride_t,
-    q_stride_d, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
-    mask_stride_n, heads, splits, q_len, max_len, scale, ROTATION: tl.constexpr, HAS_LENS: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MEAN: tl.constexpr,
-    HAS_LSE: tl.constexpr, PIECES: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, PDL: tl.constexpr,
+    partial_ptr, log_ptr, seq_lens_ptr, sinks_ptr, rotation_ptr, out_ptr, lse_ptr, bounds_ptr, mask_ptr,
+    part_ptr, part_log_ptr, lens_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h,
+    mask_stride_t, mask_stride_n, heads, splits, q_len, max_len, ROTATION: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_BOUNDS: tl.constexpr, MASK: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr, PIECES: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # [batch, KV head, token, head of the group]
     group_row = row // HEADS
     kv_row, token = group_row // q_len, group_row % q_len  # [batch, KV head], token
     batch_head = kv_row * HEADS + row % HEADS
     batch, head = batch_head // heads, batch_head % heads
-    dims, k_dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
 
     missing = 0.0
     if HAS_LENS:
@@ -86,10 +84,6 @@ def decode_reduce_kernel(
         elif MASK == NO_MASK:  # the queries are the last tokens
             high = tl.minimum(seq_len - q_len + token + 1, max_len).to(tl.int32)
         mask_ptr += batch * mask_stride_b + head * mask_stride_h + token * mask_stride_t
-    if HAS_MEAN:
-        q_ptr += batch * q_stride_b + head * q_stride_h + token * q_stride_t
-        q = tl.load(q_ptr + k_dims * q_stride_d, mask=k_dims < K_DIM, other=0.0).to(tl.float32)
-        q *= scale * LOG2_E
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -111,9 +105,6 @@ def decode_reduce_kernel(
         peak, total, decay, weights = join(peak, total, log)
         out = out * decay + tl.sum(partial * weights[:, None], axis=0)
 
-    if HAS_MEAN:
-        mean = tl.load(mean_ptr + kv_row * K_DIM + k_dims, mask=k_dims < K_DIM, other=0.0)
-        peak += tl.sum(q * mean.to(tl.float32), axis=0)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head + tl.arange(0, 1)).to(tl.float32) * LOG2_E
         peak, total, decay, _ = join(peak, total, sink)
@@ -168,7 +159,6 @@ def reduce_splits(
     out: torch.Tensor,
     partial: torch.Tensor,
     logs: torch.Tensor,
-    q: torch.Tensor,
     seq_lens: torch.Tensor | None,
     v_rotation: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
@@ -176,8 +166,6 @@ def reduce_splits(
     sinks: torch.Tensor | None,
     group: int,
     max_len: int,
-    scale: float,
-    k_mean: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     parts: Parts | None = None,
     transformed: bool = False,
@@ -185,15 +173,14 @@ def reduce_splits(
     """Fill `out` `[B, H, q, Dv]`, and `lse` `[B, H, q]` if given, from partials `[B, Hkv, row, split, Dv]`.
 
     `out` lies as an `empty_result` does. Rows are token-major. The partials are rotated if there is a
-    rotation, or `transformed`: of the rotation the signs are left; `parts` are not. `k_mean`: what scores
-    of partials lack. `q` `[B, H, q, D]` as it came, not rotated; `bounds` has a row for each row of the
-    batch.
+    rotation, or `transformed`: of the rotation the signs are left; `parts` are not. `bounds` has a row for
+    each row of the batch.
     """
     batch, heads, q_len, dv = out.shape
-    dim, splits, pieces = q.shape[3], partial.shape[3], 0 if parts is None else parts.logs.shape[3]
+    splits, pieces = partial.shape[3], 0 if parts is None else parts.logs.shape[3]
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
-    mask_kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
-    block_d, block_k = triton.next_power_of_2(dv), triton.next_power_of_2(dim)
+    mask_kind, mask, mask_strides = mask_arguments(attn_mask, out, max_len)
+    block_d = triton.next_power_of_2(dv)
     rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 32 else MATRIX
     padded = triton.next_power_of_2(splits)
     num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
@@ -205,17 +192,15 @@ def reduce_splits(
         block_d, num_warps = blocks_of(splits, block_d)
     decode_reduce_kernel[(batch * heads * q_len, triton.cdiv(dv, block_d))](
         partial, logs, out if seq_lens is None else seq_lens, out if sinks is None else sinks.contiguous(),
-        out if v_rotation is None else v_rotation, out, out if lse is None else lse, q,
-        out if k_mean is None else k_mean, out if bounds is None else bounds, mask,
-        *(parts or (partial, logs)), lens_stride, *q.stride(),
+        out if v_rotation is None else v_rotation, out, out if lse is None else lse,
+        out if bounds is None else bounds, mask, *(parts or (partial, logs)), lens_stride,
         *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides,
-        heads, splits, q_len, max_len, scale, ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
+        heads, splits, q_len, max_len, ROTATION=rotation.value, HAS_LENS=seq_lens is not None,
         HAS_BOUNDS=bounds is not None, MASK=mask_kind, HAS_SINKS=sinks is not None,
-        HAS_MEAN=k_mean is not None, HAS_LSE=lse is not None, PIECES=pieces, K_DIM=dim, V_DIM=dv,
-        HEADS=group,
+        HAS_LSE=lse is not None, PIECES=pieces, V_DIM=dv, HEADS=group,
         # 64 values a thread
         BLOCK_S=max(1, min(padded, 2048 * num_warps // block_d)),
         BLOCK_P=triton.next_power_of_2(max(1, pieces)),
-        BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
+        BLOCK_D=block_d, BLOCK_OUT=max(1, 4096 // block_d),
         num_warps=num_warps, **early_launch(out.device),
     )  # fmt: skip

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .bits import FP16_UNIT, TINY
 from .decode_rows import load_query, load_rows
+from .key_means import MEAN_OF
 from .pages import TOGETHER, find_tokens
 from .scores import KEY_MASK, NO_MASK, load_mask, squash
 
@@ -42,14 +43,14 @@ def hide_in_part(
 
 @triton.jit
 def attend_tile(
-    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_score, table_ptr, table_stride,
-    k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr, v_scale_ptr, scale_stride_b,
-    start, filled, dv_start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, max_len,
-    HAS_WHOLE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr,
-    OPERAND: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr,
-    PAGE: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    acc, total, peak, q, q_ptr, q_stride_d, valid, inv_peak, q_scale, mean_ptrs, mean_stride, table_ptr,
+    table_stride, k_ptr, v_ptr, k_stride_b, k_stride_n, v_stride_b, v_stride_n, k_scale_ptr, v_scale_ptr,
+    scale_stride_b, start, filled, dv_start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n,
+    max_len, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr, HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
+    V_LO: tl.constexpr, V_HI: tl.constexpr, OPERAND: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, COPIES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`: the online softmax of flash attention, base 2."""
     PACKED: tl.constexpr = K_BITS != 16
@@ -74,8 +75,10 @@ def attend_tile(
         k_scale = tl.load(k_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
         scores *= (k_scale * FP16_UNIT)[None, :]
     scores *= q_scale[:, None]
-    if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
-        scores = squash(scores + mean_score[:, None], SOFTCAP)
+    if HAS_MEAN:
+        mean_score = tl.load(mean_ptrs + start // MEAN_OF * mean_stride, mask=valid, other=0.0)
+        scores += mean_score[:, None]
+    scores = squash(scores, SOFTCAP)
     if PAGE > 0:  # a token without a page was dropped: a query that sees it gives NaN
         scores = tl.where((page < 0)[None, :], float("nan"), scores)
     scores = hide_in_part(

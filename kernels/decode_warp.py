@@ -29,6 +29,7 @@ from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, un
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import TRANSPOSE, ExactWork, attend_to_exact
+from .key_means import MEAN_OF
 from .pages import table_arguments, tokens_of_page
 from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
 from .unpacked import attend_unpacked
@@ -65,11 +66,12 @@ LAUNCH_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
 @gluon.jit
 def attend_tile(
-    acc, total, peak, largest, q, q_scale, mean_score, tables, shared, ptrs, left, sees, mask, has_page,
-    start, end,
+    acc, total, peak, largest, q, q_scale, means, tables, shared, ptrs, left, sees, mask, has_page, start,
+    end,
     PAGE: gl.constexpr, SOFTCAP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
-    K_PLANE: gl.constexpr, V_DIM: gl.constexpr, HAS_MASK: gl.constexpr, MMA: gl.constexpr,
+    K_PLANE: gl.constexpr, V_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
+    HAS_MEAN: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` and `left` are of the next tile.
 
@@ -81,6 +83,9 @@ def attend_tile(
     V_CODES: gl.constexpr = codes_per_byte(V_BITS)
     V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
+    mean_score = gl.zeros([N], gl.float32, gl.SliceLayout(0, MMA))
+    if HAS_MEAN:  # on its way while the keys are multiplied
+        mean_score = gl.load(means[0] + start // MEAN_OF * means[1], mask=means[2], other=0.0)
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
@@ -98,6 +103,9 @@ def attend_tile(
         s = s * q_scale[None, :] + mean_score[None, :]
         s = (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / SOFTCAP)))) * (SOFTCAP * LOG2_E)
         q_scale = gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
+        mean_score = gl.zeros([N], gl.float32, gl.SliceLayout(0, MMA))
+    elif HAS_MEAN:  # the same for all keys of a tile: it goes with the peak
+        mean_score *= means[3]
 
     low, high, filled, whole_from, whole_to = sees
     if PAGE > 0:
@@ -111,10 +119,10 @@ def attend_tile(
             inside = inside & let_through[:, None]
         s = gl.where(inside, s, float("-inf"))
         v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
-    new_peak = gl.maximum(peak, gl.max(s, axis=0))
+    new_peak = gl.maximum(peak, gl.max(s, axis=0) + mean_score)
     origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     decay = gl.exp2((peak - origin) * q_scale)
-    shift = origin * q_scale - WEIGHT_BITS
+    shift = (origin - mean_score) * q_scale - WEIGHT_BITS
     weights = gl.exp2(s * q_scale[None, :] - shift[None, :])
     total = total * decay + gl.sum(weights, axis=0)
     peak = new_peak
@@ -152,9 +160,9 @@ def warp_split_kernel(
     q_ptr, q_scale_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
     table_ptr, partial_ptr, log_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
     lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n,
-    v_rows_offset, k_scales_offset, v_scales_offset, rows, q_len, max_len, splits, raw_q_ptr, k_ptr, v_ptr,
-    exact_ptr, exact_out_ptr, exact_log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b,
-    k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, scale, exact_runs,
+    v_rows_offset, k_scales_offset, v_scales_offset, rows, segments, q_len, max_len, splits, raw_q_ptr,
+    k_ptr, v_ptr, exact_ptr, exact_out_ptr, exact_log_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, scale, exact_runs,
     HAS_NEW: gl.constexpr, TOKENS: gl.constexpr, K_BITS: gl.constexpr,
     V_BITS: gl.constexpr, K_LO: gl.constexpr, V_LO: gl.constexpr, K_ASM: gl.constexpr,
     V_ASM: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
@@ -208,7 +216,7 @@ def warp_split_kernel(
     filled = gl.minimum(seq_len, max_len).to(gl.int32)
     high = gl.minimum(high, filled)
     seen = valid & (low < high)
-    WHOLE: gl.constexpr = TILE if PAGE > 0 else 16  # a tile is in one page
+    WHOLE: gl.constexpr = TILE if PAGE > 0 or HAS_MEAN else 16  # a tile is in one page and segment
     begin = gl.min(gl.where(seen, low, max_len), axis=0) // WHOLE * WHOLE
     end = gl.max(gl.where(seen, high, 0), axis=0)
     share = gl.cdiv(gl.cdiv(end - begin, TILE), splits) * TILE
@@ -266,9 +274,7 @@ def warp_split_kernel(
     for t in gl.static_range(codes_per_byte(K_BITS)):
         q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
-    mean_score = gl.zeros([N], gl.float32, COLUMNS)
-    if HAS_MEAN:
-        mean_score = gl.load(mean_score_ptr + group * rows + row, mask=valid, other=0.0)
+    means = (mean_score_ptr + group * segments * rows + row, rows, valid, 1.0 / q_scale)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
     if V_LO != K_LO:
@@ -290,9 +296,9 @@ def warp_split_kernel(
         else:
             ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
         acc, total, peak, largest = attend_tile(
-            acc, total, peak, largest, q, q_scale, mean_score, tables, shared, ptrs, left, sees, mask,
+            acc, total, peak, largest, q, q_scale, means, tables, shared, ptrs, left, sees, mask,
             here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
-            V_DIM, HAS_MASK, MMA,
+            V_DIM, HAS_MASK, HAS_MEAN, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
     if PDL:
@@ -341,6 +347,7 @@ def takes(
 
 def warp_split(
     queries: Queries,
+    mean_scores: torch.Tensor | None,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     attn_mask: torch.Tensor | None,
@@ -358,7 +365,7 @@ def warp_split(
 
     The arguments are `reference.decode`'s; `sms` multiprocessors share the work.
     """
-    q, factors, mean_scores = queries
+    q, factors = queries
     batch, kv_heads, rows, dim = q.shape
     dv = fmt.v_head_dim
     columns = 8 if rows <= 8 or max(dim, dv) > 128 else 16
@@ -380,7 +387,7 @@ def warp_split(
         partial, logs, *table[1:], *cache.stride()[:2], seq_lens.expand(batch).stride(0),
         0 if exact_from is None else exact_from.expand(batch).stride(0),
         *((0, 0) if bounds is None else bounds.stride()[:2]), mask_stride_b, mask_stride_n, *offsets, rows,
-        q_len, max_len, splits, *work.arguments, **work.constants,
+        beside.segments, q_len, max_len, splits, *work.arguments, **work.constants,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
@@ -396,6 +403,7 @@ def attend_by_warps(
     out: torch.Tensor,
     q: torch.Tensor,
     queries: Queries,
+    mean_scores: torch.Tensor | None,
     work: ExactWork,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -413,18 +421,19 @@ def attend_by_warps(
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated.
 
-    `work` is `exact_work`'s of q. `bounds` has a row for each row of the batch and each query.
+    `mean_scores` are those of q and `work` is `exact_work`'s of it. `bounds` has a row for each row of the
+    batch and each query.
     """
     heads, kv_heads, dv = q.shape[1], cache.shape[1], fmt.v_head_dim
-    k_mean, parts = None if softcap else beside.k_mean, work.parts
+    parts = work.parts
     if parts is None:
         visible = (attn_mask, bounds, max_len, scale, softcap)
         parts = attend_unpacked(q, None, beside, seq_lens, *visible, kv_heads, dv)
     partial, logs = warp_split(
-        queries, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len, sm_count(out.device), work,
-        beside, softcap, block_table,
+        queries, mean_scores, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len,
+        sm_count(out.device), work, beside, softcap, block_table,
     )  # fmt: skip
     reduce_splits(
-        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // kv_heads, max_len,
-        scale, k_mean, lse, parts, transformed=True,
+        out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // kv_heads, max_len, lse,
+        parts, transformed=True,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from .bits import (
     sm_count,
 )
 from .centroids import asm_for, centroids, unit_of
+from .key_means import MEAN_OF
 from .pages import find_tokens, table_arguments, tokens_of_page
 
 BLOCK_N = 64  # tokens of a tile: 64 x 128 float32 sums are 64 registers of 128 threads
@@ -241,7 +242,8 @@ def dequantize_side(
                 x *= tl.where(sign * tl.load(rotation_ptr + columns * DIM) < 0, -1.0, 1.0)[None, :]
             x *= scale[:, None]
             if HAS_MEAN:
-                x += tl.load(mean_ptr + columns, mask=columns < DIM, other=0.0).to(tl.float32)[None, :]
+                mean_ptrs = mean_ptr + start // MEAN_OF * DIM + columns
+                x += tl.load(mean_ptrs, mask=columns < DIM, other=0.0).to(tl.float32)[None, :]
             mask = written[:, None] & (columns < DIM)[None, :]
             out_ptrs = out_ptr + tokens[:, None] * DIM + columns[None, :]
             tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -254,8 +256,8 @@ def dequantize_side(
 def dequantize_kernel(
     cache_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr, exact_from_ptr, k_ptr,
     v_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, lens_stride,
-    from_stride, v_rows_offset, k_scales_offset, v_scales_offset, kv_heads, max_len, run,
-    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    from_stride, v_rows_offset, k_scales_offset, v_scales_offset, kv_heads, segments, max_len,
+    run, HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_LO: tl.constexpr, K_HI: tl.constexpr,
     V_LO: tl.constexpr, V_HI: tl.constexpr, K_TABLE: tl.constexpr, V_TABLE: tl.constexpr,
     K_ASM: tl.constexpr, V_ASM: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
@@ -275,9 +277,9 @@ def dequantize_kernel(
     if tl.program_id(2) == 0:
         dequantize_side(
             cache_ptr, table_ptr, table_stride_b, table_stride_n, batch, cache_stride_b, 0, k_scales_offset,
-            k_rotation_ptr, mean_ptr + row * K_DIM, exact_ptr, exact_from, k_ptr + row * max_len * K_DIM,
-            begin, end, seq_len, max_len, False, HAS_MEAN, HAS_EXACT, SINKS, RECENT, K_DIM + V_DIM, K_BITS,
-            K_LO, K_HI, K_TABLE, K_ASM, K_DIM, GROUP, PAGE, BLOCK_N,
+            k_rotation_ptr, mean_ptr + row * segments * K_DIM, exact_ptr, exact_from,
+            k_ptr + row * max_len * K_DIM, begin, end, seq_len, max_len, False, HAS_MEAN, HAS_EXACT, SINKS,
+            RECENT, K_DIM + V_DIM, K_BITS, K_LO, K_HI, K_TABLE, K_ASM, K_DIM, GROUP, PAGE, BLOCK_N,
         )  # fmt: skip
     else:
         dequantize_side(
@@ -421,12 +423,12 @@ def dequantize_stored(
         dequantize_kernel[(rows, triton.cdiv(tiles, run), 2)](
             cache, seq_lens, k_rotation, v_rotation, k if k_mean is None else k_mean,
             k if exact is None else exact, seq_lens if exact_from is None else exact_from, k, v, *strides,
-            from_stride, v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, max_len, run * block_n,
-            HAS_MEAN=k_mean is not None, HAS_EXACT=exact is not None, SINKS=sink_tokens,
-            RECENT=beside.recent_tokens, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo, K_HI=k_hi,
-            V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0], V_TABLE=lookup_words(fmt.v_bits)[0],
-            K_ASM=asm_for(fmt.k_bits, cache.device), V_ASM=asm_for(fmt.v_bits, cache.device),
-            K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, PAGE=page, BLOCK_N=block_n,
-            num_warps=4, num_stages=2,
+            from_stride, v_rows.offset, k_scales.offset, v_scales.offset, kv_heads, beside.segments,
+            max_len, run * block_n, HAS_MEAN=k_mean is not None, HAS_EXACT=exact is not None,
+            SINKS=sink_tokens, RECENT=beside.recent_tokens, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits,
+            K_LO=k_lo, K_HI=k_hi, V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0],
+            V_TABLE=lookup_words(fmt.v_bits)[0], K_ASM=asm_for(fmt.k_bits, cache.device),
+            V_ASM=asm_for(fmt.v_bits, cache.device), K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim,
+            GROUP=PAGE_ALIGNMENT, PAGE=page, BLOCK_N=block_n, num_warps=4, num_stages=2,
         )  # fmt: skip
     return k, v

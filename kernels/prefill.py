@@ -5,9 +5,8 @@ nothing is dequantized in memory; for more rows `prefill_pieces` does that. Of 1
 two; `decode_split_kernel` does the others. The chunk itself, and exact tokens, are `unpacked`'s.
 
 `prefix_kernel` writes normalised partial outputs and the base-2 logarithms of their sums of weights, which
-`decode_reduce` joins with `unpacked`'s: these are rotated, and their scores lack `q . mean` unless a
-softcap needs it. Partials are one float32 output, or where a prefix is split, for at most
-`PROGRAMS_PER_SM` programs a multiprocessor, a block of rows each.
+`decode_reduce` joins with `unpacked`'s: these are rotated. Partials are one float32 output, or where a
+prefix is split, for at most `PROGRAMS_PER_SM` programs a multiprocessor, a block of rows each.
 Bytes: the packed rows of visible slots once per row block, from the second-level cache where they fit.
 """
 
@@ -22,6 +21,7 @@ from .centroids import asm_for, centroids, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
+from .key_means import MEAN_OF
 from .scores import NO_MASK, has_whole, hide, mask_arguments, soften, squash, visible_slots
 
 PROGRAMS_PER_SM = 2
@@ -107,7 +107,7 @@ def prefix_kernel(
     q_ptr, factor_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
     partial_ptr, log_ptr, cache_stride_b, cache_stride_h, v_rows_offset, k_scales_offset, v_scales_offset,
     lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t,
-    mask_stride_n, q_len, own, max_len, splits, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    mask_stride_n, segments, q_len, own, max_len, splits, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_LO: tl.constexpr, K_HI: tl.constexpr, V_LO: tl.constexpr, V_HI: tl.constexpr, K_TABLE: tl.constexpr,
     V_TABLE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr,
     HEADS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr,
@@ -147,9 +147,7 @@ def prefix_kernel(
     dims = tl.arange(0, K_DIM)
     q = tl.load(q_ptr + group_row[:, None] * K_DIM + dims[None, :], mask=valid[:, None], other=0.0)
     factor = tl.load(factor_ptr + group_row, mask=valid, other=0.0)
-    mean_score = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_MEAN:
-        mean_score = tl.load(mean_score_ptr + group_row, mask=valid, other=0.0)
+    mean_ptrs = mean_score_ptr + (batch * tl.num_programs(1) + kv_head) * segments * rows + row
 
     acc = tl.zeros([BLOCK_M, V_DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -164,8 +162,9 @@ def prefix_kernel(
         k = load_keys(k_ptr, start, filled, K_BITS, K_LO, K_HI, K_TABLE, K_DIM, BLOCK_N, K_ASM)
         k_scale = tl.load(k_scale_ptr + slot, mask=known, other=0.0).to(tl.float32) * unit_of(K_ASM)
         scores = tl.dot(q, tl.trans(k)) * k_scale[None, :] * factor[:, None]
-        if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
-            scores = squash(scores + mean_score[:, None], SOFTCAP)
+        if HAS_MEAN:
+            scores += tl.load(mean_ptrs + start // MEAN_OF * rows, mask=valid, other=0.0)[:, None]
+        scores = squash(scores, SOFTCAP)
         if (start < whole_from) | (start + BLOCK_N > whole_to):
             visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
             scores = hide(scores, visible, mask_ptr, slot, mask_stride_n, valid, MASK)
@@ -202,18 +201,18 @@ def empty_partials(queries: torch.Tensor, splits: int, v_dim: int) -> tuple[torc
 
 
 def attend_to_prefix(
-    out: torch.Tensor, q: torch.Tensor, rotated: Queries, cache: torch.Tensor, seq_lens: torch.Tensor,
-    v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
-    sinks: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
-    lse: torch.Tensor | None, fmt: KVFormat, beside: Beside,
-    own: int, parts: Parts | None,
+    out: torch.Tensor, q: torch.Tensor, rotated: Queries, mean_scores: torch.Tensor | None,
+    cache: torch.Tensor, seq_lens: torch.Tensor, v_rotation: torch.Tensor, attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
+    softcap: float | None, lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int,
+    parts: Parts | None,
 ) -> None:  # fmt: skip
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given, joining `parts`, which have the `own` last tokens.
 
-    `rotated` is `rotate_queries` of q `[B, H, q, D]`; `bounds` has a row for each row of the batch and each
-    query.
+    `rotated` is `rotate_queries` of q `[B, H, q, D]`, `mean_scores` are those of q; `bounds` has a row for
+    each row of the batch and each query.
     """
-    queries, factors, mean_scores = rotated
+    queries, factors = rotated
     batch, kv_heads, rows, _ = queries.shape
     q_len, group = q.shape[2], rows // q.shape[2]
     large = max(fmt.head_dim, fmt.v_head_dim) > 128
@@ -232,8 +231,8 @@ def attend_to_prefix(
         seq_lens if exact_from is None else exact_from, seq_lens if bounds is None else bounds, mask,
         partial, logs, *cache.stride()[:2], v_rows.offset, k_scales.offset, v_scales.offset,
         seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q_len,
-        own, max_len, splits, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo,
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, beside.segments,
+        q_len, own, max_len, splits, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=k_lo,
         K_HI=k_hi, V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0],
         V_TABLE=lookup_words(fmt.v_bits)[0], K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT,
         HEADS=group, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None,
@@ -244,6 +243,5 @@ def attend_to_prefix(
         num_warps=8 if block_m == 128 or large else 4, num_stages=2,
     )  # fmt: skip
     reduce_splits(
-        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        None if softcap else beside.k_mean, lse, parts,
-    )  # fmt: skip
+        out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, lse, parts
+    )

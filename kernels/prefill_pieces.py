@@ -25,6 +25,7 @@ from .centroids import asm_for, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
+from .key_means import MEAN_OF
 from .prefill import (
     WEIGHT_BITS,
     WEIGHT_UNIT,
@@ -125,10 +126,10 @@ def unpack_kernel(
 def piece_kernel(
     q_ptr, factor_ptr, k_tiles, v_tiles, unit_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr,
     log_ptr, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, q_len, own, max_len, batch_from,
-    first, piece, splits, mean_score_ptr, mask_ptr, mask_stride_b, mask_stride_h, mask_stride_t,
+    first, piece, splits, mean_score_ptr, segments, mask_ptr, mask_stride_b, mask_stride_h, mask_stride_t,
     mask_stride_n, K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr,
-    RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr, MASK: tl.constexpr,
-    HAS_MEAN: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RECENT: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WHOLE: tl.constexpr, HAS_MEAN: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention over slots `first` .. `first + piece - 1`; partials [batch, KV head, row, split, dim].
 
@@ -165,9 +166,7 @@ def piece_kernel(
     q = tl.load(q_ptr + group_row[:, None] * K_DIM + dims[None, :], mask=valid[:, None], other=0.0)
     unit = tl.load(unit_ptr + kv_row * 2)
     factor = tl.maximum(tl.load(factor_ptr + group_row, mask=valid, other=0.0) * unit, TINY)
-    mean_score = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_MEAN:
-        mean_score = tl.load(mean_score_ptr + group_row, mask=valid, other=0.0)
+    mean_ptrs = mean_score_ptr + (batch * tl.num_programs(1) + kv_head) * segments * rows + row
     mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
     whole_from, whole_to = whole_slots(
         bounds_ptr, bounds_stride_t, token, valid, low, high, max_len, HAS_WHOLE, MASK
@@ -180,23 +179,25 @@ def piece_kernel(
     partial_ptrs = partial_ptr + part[:, None] * V_DIM + columns[None, :]
     v_unit = tl.load(unit_ptr + kv_row * 2 + 1)
     acc = tl.load(partial_ptrs, mask=(total > 0.0)[:, None], other=0.0) * (WEIGHT_UNIT / v_unit)
-    # Factors are positive, so a maximum need not wait for them.
+    # Factors are positive, so a maximum need not wait for them, nor for the mean of a tile's keys.
     EARLY: tl.constexpr = SOFTCAP == 0 and MASK != FLOAT_MASK
     slope = factor if EARLY else factor * 0.0 + 1.0
     for start in range(begin, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         k = k_tiles.load([place + start, 0])
         scores = tl.dot(q, tl.trans(k))
+        mean_score = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_MEAN:
+            mean_score = tl.load(mean_ptrs + start // MEAN_OF * rows, mask=valid, other=0.0)
         if not EARLY:
-            scores *= factor[:, None]
-        if SOFTCAP != 0:  # of the whole score: the mean's share cannot wait for the reduction
-            scores = squash(scores + mean_score[:, None], SOFTCAP)
+            scores = squash(scores * factor[:, None] + mean_score[:, None], SOFTCAP)
+            mean_score = tl.zeros([BLOCK_M], tl.float32)
         if (start < whole_from) | (start + BLOCK_N > whole_to):
             visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
             scores = hide(scores, visible, mask_ptr, slot, mask_stride_n, valid, MASK)
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * slope)
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * slope + mean_score)
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores * slope[:, None] - (origin - WEIGHT_BITS)[:, None])
+        weights = tl.exp2(scores * slope[:, None] - (origin - mean_score - WEIGHT_BITS)[:, None])
         decay = tl.exp2(peak - origin)
         total = total * decay + tl.sum(weights, axis=1)
         v = v_tiles.load([place + start, 0])
@@ -238,13 +239,14 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def attend_by_pieces(
-    out: torch.Tensor, q: torch.Tensor, rotated: Queries, cache: torch.Tensor, seq_lens: torch.Tensor,
-    v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
-    sinks: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
-    lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int, parts: Parts | None,
+    out: torch.Tensor, q: torch.Tensor, rotated: Queries, mean_scores: torch.Tensor | None,
+    cache: torch.Tensor, seq_lens: torch.Tensor, v_rotation: torch.Tensor, attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
+    softcap: float | None, lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int,
+    parts: Parts | None,
 ) -> None:  # fmt: skip
     """`prefill.attend_to_prefix`, with at most `WORKSPACE` bytes more."""
-    queries, factors, mean_scores = rotated
+    queries, factors = rotated
     batch, kv_heads, rows, _ = queries.shape
     dims, group = (fmt.head_dim, fmt.v_head_dim), rows // q.shape[2]
     together, piece = split_workspace(fmt, batch, kv_heads, max_len)
@@ -266,6 +268,7 @@ def attend_by_pieces(
     visible = dict(
         K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, HEADS=group, SINKS=beside.sink_tokens,
         RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, kind),
+        HAS_MEAN=mean_scores is not None,
     )  # fmt: skip
     kernel: Any = piece_kernel
     if has_wgmma(q.device) and max(dims) <= 128 and kind in (NO_MASK.value, KEY_MASK.value) and not softcap:
@@ -275,11 +278,11 @@ def attend_by_pieces(
     else:
         block_m, block_n = tile_of(max(dims), is_roomy(q.device), attn_mask is not None)
         tiles = [TensorDescriptor.from_tensor(x, [block_n, x.shape[1]]) for x in (k, v)]
-        others = (factors if mean_scores is None else mean_scores, mask, *mask_strides)
+        others = (mask, *mask_strides)
         constants = dict(
-            MASK=kind, HAS_MEAN=mean_scores is not None, SOFTCAP=softcap or 0.0, BLOCK_M=block_m,
-            BLOCK_N=block_n, num_warps=8, num_stages=2,
-        )  # fmt: skip
+            MASK=kind, SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2
+        )
+    means = (factors if mean_scores is None else mean_scores, beside.segments)
     blocks = triton.cdiv(rows, block_m)
     splits = whole_waves(together * kv_heads * blocks, piece // block_n, sms)
     partial, logs = empty_partials(queries, splits, fmt.v_head_dim)
@@ -296,9 +299,8 @@ def attend_by_pieces(
                 seq_lens if bounds is None else bounds, partial, logs, lens_stride,
                 0 if exact_from is None else exact_from.expand(batch).stride(0),
                 *((0, 0) if bounds is None else bounds.stride()[:2]), q.shape[2], own, max_len, batch_from,
-                first, piece, splits, *others, **visible, **constants,
+                first, piece, splits, *means, *others, **visible, **constants,
             )  # fmt: skip
     reduce_splits(
-        out, partial, logs, q, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, scale,
-        None if softcap else beside.k_mean, lse, parts,
-    )  # fmt: skip
+        out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, lse, parts
+    )

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bits import TINY
+from .key_means import MEAN_OF
 from .prefill import WEIGHT_BITS, WEIGHT_UNIT
 
 BLOCK_M, BLOCK_N, STAGES = gl.constexpr(128), gl.constexpr(128), gl.constexpr(3)
@@ -42,9 +43,15 @@ def issue(k_tiles, v_tiles, row, bars, k_buffers, v_buffers, stage, pred):
 
 
 @gluon.jit
-def weigh(s, start, sees, mask, factor, peak, total, HAS_MASK: gl.constexpr, SCORES: gl.constexpr):
+def weigh(
+    s, start, sees, mask, factor, means, peak, total, HAS_MASK: gl.constexpr, HAS_MEAN: gl.constexpr,
+    SCORES: gl.constexpr,
+):  # fmt: skip
     """A tile of the online softmax, base 2, of slots from `start`: (weights, decay, total, peak)."""
     low, high, whole_from, whole_to, end = sees
+    mean_score = 0.0 * factor
+    if HAS_MEAN:  # one for all keys of a tile: it goes with the peak
+        mean_score = gl.load(means[0] + start // MEAN_OF * means[1], mask=means[2], other=0.0)
     if (start < whole_from) | (start + BLOCK_N > whole_to):
         slot = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
@@ -52,9 +59,9 @@ def weigh(s, start, sees, mask, factor, peak, total, HAS_MASK: gl.constexpr, SCO
             let_through = gl.load(mask[0] + slot.to(gl.int64) * mask[1], mask=slot < end, other=0) != 0
             visible = visible & let_through[None, :]
         s = gl.where(visible, s, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(s, axis=1) * factor)
+    new_peak = gl.maximum(peak, gl.max(s, axis=1) * factor + mean_score)
     origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(s * factor[:, None] - (origin - WEIGHT_BITS)[:, None])
+    weights = gl.exp2(s * factor[:, None] - (origin - mean_score - WEIGHT_BITS)[:, None])
     decay = gl.exp2(peak - origin)
     return weights, decay, total * decay + gl.sum(weights, axis=1), new_peak
 
@@ -63,9 +70,10 @@ def weigh(s, start, sees, mask, factor, peak, total, HAS_MASK: gl.constexpr, SCO
 def wgmma_piece_kernel(
     q_ptr, factor_ptr, k_tiles, v_tiles, unit_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, partial_ptr,
     log_ptr, lens_stride, from_stride, bounds_stride_b, bounds_stride_t, q_len, own, max_len, batch_from,
-    first, piece, splits, mask_ptr, mask_stride_b, mask_stride_n, K_DIM: gl.constexpr, V_DIM: gl.constexpr,
-    HEADS: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    HAS_WHOLE: gl.constexpr, HAS_MASK: gl.constexpr,
+    first, piece, splits, mean_score_ptr, segments, mask_ptr, mask_stride_b, mask_stride_n,
+    K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr, SINKS: gl.constexpr,
+    RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_WHOLE: gl.constexpr, HAS_MEAN: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """The arguments and results are `piece_kernel`'s."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
@@ -105,7 +113,9 @@ def wgmma_piece_kernel(
     end = gl.minimum(begin + run, end)
     if (first > 0) & (begin >= end):
         return
-    group_row = (batch * gl.num_programs(1) + kv_head) * rows
+    group = batch * gl.num_programs(1) + kv_head
+    group_row = group * rows
+    means = (mean_score_ptr + group * segments * rows + row, rows, valid)
     kv_row = gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)
     # Slots that all rows see.
     whole_from = gl.max(gl.where(valid, low, 0), axis=0)
@@ -159,7 +169,9 @@ def wgmma_piece_kernel(
         keys = k_buffers.index(STAGES - 1).permute((1, 0))
         s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
-        weights, decay, total, peak = weigh(s, begin, sees, mask, factor, peak, total, HAS_MASK, SCORES)
+        weights, decay, total, peak = weigh(
+            s, begin, sees, mask, factor, means, peak, total, HAS_MASK, HAS_MEAN, SCORES
+        )
         p = gl.convert_layout(weights.to(gl.float16), WEIGHTS)
         mbarrier.wait(bars.index(0), 0)
         for i in range(0, n - 1):
@@ -174,8 +186,9 @@ def wgmma_piece_kernel(
             issue(k_tiles, v_tiles, row_of_stage, bars, k_buffers, v_buffers, stage, stage < n)
             s = warpgroup_mma_wait(1, [s])
             weights, decay, total, peak = weigh(
-                s, begin + (i + 1) * BLOCK_N, sees, mask, factor, peak, total, HAS_MASK, SCORES
-            )
+                s, begin + (i + 1) * BLOCK_N, sees, mask, factor, means, peak, total, HAS_MASK, HAS_MEAN,
+                SCORES,
+            )  # fmt: skip
             next_p = gl.convert_layout(weights.to(gl.float16), WEIGHTS)
             # The assembler may move what precedes a wait for products behind it, but not past this one.
             mbarrier.wait(bars.index((i + 1) % STAGES), (i + 1) // STAGES & 1)

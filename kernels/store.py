@@ -5,8 +5,8 @@ a few, 2), one launch for both. It brings each vector to magnitudes below 4, rot
 sums and differences if D is a power of two), and holds the result as 8 octants of D / 8 coordinates, padded
 to a power of two. Every byte of a row collects whole codes of the same place in several octants (`format`
 has the table), so packing is a sum over octants for any D that is a multiple of 8. A byte belongs to one
-token: nothing is read back. Keys are less their mean (a small kernel before takes it, if the chunk may
-start a row), and tokens that are now exact are copied as they came: `beside` says which.
+token: nothing is read back. Keys are less the mean of their segment (of a prompt's chunk
+`key_means` takes them before), and tokens that are now exact are copied as they came: `beside` says which.
 
 Bytes: reads the new vectors and the rotation (which stays in the cache of the GPU), writes packed
 rows and scales. A lossless format is a plain copy.
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, NOTHING, Beside
+from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, encode, hadamard, quantiser
+from .key_means import MEAN_OF, mean_source, take_means
 from .pages import table_arguments, tokens_of_page
 from .slots import locate_exact, locate_vectors
 from .store_prompt import store_prompt, takes
@@ -27,29 +28,6 @@ from .store_prompt import store_prompt, takes
 BLOCK_VECTORS = 16  # the least number of rows of a dot
 WARP_VECTORS = 4  # of at most 256 coordinates, without a dot: 32 coordinates a lane
 FEW_VECTORS = 2048  # so many have a warp each, which is done sooner
-
-
-@triton.jit
-def mean_kernel(
-    k_ptr, seq_lens_ptr, mean_ptr, stride_b, stride_h, stride_t, stride_d, lens_stride, kv_heads, new,
-    counted, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The mean of the first `counted` keys of a chunk, for rows that it starts."""
-    if PDL:
-        gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    batch, head = row // kv_heads, row % kv_heads
-    if tl.load(seq_lens_ptr + batch * lens_stride) == new:
-        dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        ptrs = k_ptr + batch * stride_b + head * stride_h + dims[None, :] * stride_d
-        total = tl.zeros([BLOCK_D], tl.float32)
-        for start in range(0, counted, BLOCK_T):
-            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-            x = tl.load(ptrs + token * stride_t, mask=(token < counted) & (dims < DIM)[None, :], other=0.0)
-            x = x.to(tl.float32)
-            total += tl.sum(tl.where(tl.abs(x) < float("inf"), x, 0.0), axis=0)
-        mean = (total / counted).to(mean_ptr.dtype.element_ty)
-        tl.store(mean_ptr + row * DIM + dims, mean, mask=dims < DIM)
 
 
 @triton.jit
@@ -68,13 +46,14 @@ def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, 
 
 @triton.jit
 def store_vectors(
-    x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept,
+    x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept, has_mean,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, BITS: tl.constexpr, MAGNITUDES: tl.constexpr,
     UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Quantise vectors at `x_ptr` [vectors] into rows at `row_ptr` and scales at `scale_ptr`.
 
-    Less the means at `mean_ptr` [vectors]. Those that are `kept` are copied to `exact_ptr` [vectors] too.
+    Less the means at `mean_ptr` [vectors], for those that `has_mean` says. Those that are `kept` are copied
+    to `exact_ptr` [vectors] too.
     """
     VECTORS: tl.constexpr = valid.shape[0]
     EIGHTH: tl.constexpr = DIM // 8
@@ -87,6 +66,7 @@ def store_vectors(
         tl.store(exact_ptr[:, None] + dims[None, :], copy, mask=kept[:, None] & (dims < DIM)[None, :])
     x = x.to(tl.float32)
     if HAS_MEAN:
+        mask &= has_mean[:, None]
         x -= tl.load(mean_ptr[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), axis=1)  # [vectors]
     # A power of two: dividing by it is exact, and neither it nor its inverse overflows.
@@ -107,6 +87,7 @@ def store_vectors(
             chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
             chunk = chunk.to(tl.float32)
             if HAS_MEAN:
+                known &= has_mean[:, None]
                 chunk -= tl.load(mean_ptr[:, None] + rows[None, :], mask=known, other=0.0).to(tl.float32)
             chunk *= inverse[:, None]  # [vectors, BLOCK_K]
             inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
@@ -136,12 +117,30 @@ def store_vectors(
 
 
 @triton.jit
+def find_means(
+    mean_ptr, row, position, start, new, segments, exists, inside, DIM: tl.constexpr
+):  # fmt: skip
+    """(The means of these vectors' segments, which have one); sets those that a few tokens start."""
+    segment, source = mean_source(tl.maximum(position, 0), start, new)
+    first_ptr = mean_ptr + row * segments * DIM
+    source_ptr = first_ptr + tl.minimum(source, segments - 1) * DIM
+    has_mean = exists & (source >= 0)
+    dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    sets = inside & (segment > source) & (position == segment * MEAN_OF)
+    if tl.max(sets.to(tl.int32), axis=0) > 0:
+        mask = sets[:, None] & (dims < DIM)
+        mean = tl.load(source_ptr[:, None] + dims, mask=mask & has_mean[:, None], other=0.0)
+        tl.store((first_ptr + segment * DIM)[:, None] + dims, mean, mask=mask)
+    return source_ptr, has_mean
+
+
+@triton.jit
 def store_kernel(
     cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
     exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
     k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
-    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    segments, HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -163,9 +162,14 @@ def store_kernel(
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
         row_ptr = page_ptr + slot * (K_DIM * K_BITS // 8)
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
+        mean_ptrs, has_mean = mean_ptr, exists
+        if HAS_MEAN:
+            mean_ptrs, has_mean = find_means(
+                mean_ptr, row, position, position - token, new, segments, exists, inside, K_DIM
+            )
         store_vectors(
-            x_ptr, k_stride_d, k_rotation_ptr, mean_ptr + row * K_DIM, row_ptr, scale_ptr, exact_ptr,
-            exists, valid, kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
+            x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists, valid,
+            kept, has_mean, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
@@ -173,8 +177,8 @@ def store_kernel(
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
         store_vectors(
             x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
-            exact_ptr + K_DIM, exists, valid, kept, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT, V_DIM,
-            GROUP, BLOCK_K,
+            exact_ptr + K_DIM, exists, valid, kept, exists, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT,
+            V_DIM, GROUP, BLOCK_K,
         )  # fmt: skip
 
 
@@ -246,7 +250,7 @@ def store(
                 BLOCK=BLOCK_VECTORS, **early_launch(cache.device),
             )  # fmt: skip
             return
-        take_mean(k, seq_lens, beside)
+        take_means(k, seq_lens, beside)
         arguments, constants = store_arguments(
             cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table
         )
@@ -259,18 +263,6 @@ def store(
             # 16 x 1024 coordinates are 64 registers of 256 threads.
             num_warps=1 if constants["BLOCK"] < BLOCK_VECTORS else 8 if wide else 4,
             num_stages=1,
-        )  # fmt: skip
-
-
-def take_mean(k: torch.Tensor, seq_lens: torch.Tensor, beside: Beside) -> None:
-    """Set the mean of rows that k `[B, Hkv, q, D]` starts, if it has enough tokens."""
-    batch, kv_heads, new, dim = k.shape
-    if beside.k_mean is not None and new >= LEAST_MEAN_TOKENS:
-        block_d = min(16, triton.next_power_of_2(dim))  # a sector of memory
-        mean_kernel[(batch * kv_heads, triton.cdiv(dim, block_d))](
-            k, seq_lens, beside.k_mean, *k.stride(), seq_lens.expand(batch).stride(0), kv_heads, new,
-            min(new, MEAN_TOKENS), DIM=dim, BLOCK_T=512, BLOCK_D=block_d, PDL=early_launch(k.device)["PDL"],
-            num_warps=8,
         )  # fmt: skip
 
 
@@ -297,7 +289,7 @@ def store_arguments(
         k if exact is None else exact, seq_lens if exact_from is None else exact_from,
         *table_arguments(block_table, seq_lens), *cache.stride()[:2], *k.stride(), *v.stride(), lens_stride,
         0 if exact_from is None else exact_from.expand(batch).stride(0), *offsets, vectors, kv_heads, new,
-        page_size * (1 if block_table is None else block_table.shape[1]),
+        page_size * (1 if block_table is None else block_table.shape[1]), beside.segments,
     )  # fmt: skip
     k_magnitudes, k_unit = quantiser(fmt.k_bits)
     v_magnitudes, v_unit = quantiser(fmt.v_bits)

@@ -6,7 +6,7 @@ keys or values, each group aligned as value rows are interleaved. While it works
 copied to shared memory.
 
 `prompt_transform` copies and rotates, and says which lane has what: it writes whole words of both key and
-value rows. The mean is taken off after the same product, so that equal vectors cancel. `prompt_sums` has
+value rows. A mean is taken off after the same product, so that equal vectors cancel. `prompt_sums` has
 the sums over lanes, `prompt_codes` the encoding. Unlike the reference, vectors are not brought to a power
 of two before they are rotated but after it, and only where squares would overflow or vanish.
 """
@@ -20,6 +20,7 @@ from triton.experimental.gluon.language import float32, int32
 from ..beside import Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, fp8_value, sm_count
+from .key_means import MEAN_OF
 from .prompt_codes import code_steps, encode_asm, first_byte, lanes_apart, words_of_call
 from .prompt_sums import LARGE, SMALL, over_rows, rows_and_tokens, squares_of, to_columns, to_ordinary
 from .prompt_transform import (
@@ -147,12 +148,26 @@ def write_value_words(
 
 
 @gluon.jit
+def rotated_mean(mean_ptr, position, segments, operands, DIM: gl.constexpr, MMA: gl.constexpr):
+    """The mean of the segment of a position, as `products` gives vectors: [16, 1] for each 16 dims."""
+    LOAD: gl.constexpr = load_layout(8)
+    segment = gl.minimum(gl.maximum(position, 0) // MEAN_OF, segments - 1)
+    offset = gl.arange(0, 32, layout=gl.SliceLayout(0, LOAD))[None, :]
+    offset += 0 * gl.arange(0, 8, layout=gl.SliceLayout(1, LOAD))[:, None]
+    rotated = products(mean_ptr + segment * DIM + offset, operands, DIM, MMA)
+    mean = ()
+    for i in gl.static_range(DIM // 16):
+        mean += (gl.max(rotated[i], axis=1)[:, None],)  # all columns are equal
+    return mean
+
+
+@gluon.jit
 def store_side(
     cache_ptr, x_ptr, seq_len, rotation_ptr, mean_ptr, exact_ptr, exact_from_ptr, cache_stride_b,
-    cache_stride_h, stride_t, from_stride, rows_offset, scales_offset, kv_heads, new, page_size, row, block,
-    run, HAS_MEAN: gl.constexpr, HAS_EXACT: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
-    BITS: gl.constexpr, UNIT: gl.constexpr, STEPS: gl.constexpr, DIM: gl.constexpr, WIDTH: gl.constexpr,
-    ASM: gl.constexpr, INTERLEAVED: gl.constexpr,
+    cache_stride_h, stride_t, from_stride, rows_offset, scales_offset, kv_heads, new, page_size, segments,
+    row, block, run, HAS_MEAN: gl.constexpr, HAS_EXACT: gl.constexpr, SINKS: gl.constexpr,
+    RECENT: gl.constexpr, BITS: gl.constexpr, UNIT: gl.constexpr, STEPS: gl.constexpr, DIM: gl.constexpr,
+    WIDTH: gl.constexpr, ASM: gl.constexpr, INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
     """Keys or values of `run` groups of one KV head. Vectors are over sqrt(DIM) once rotated."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
@@ -164,15 +179,6 @@ def store_side(
     column = token_of(gl.arange(0, TOKENS, layout=gl.SliceLayout(1, LOAD)))
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     operands = transform_operands(rotation_ptr, dtype, DIM, MMA)
-    mean = ()
-    if HAS_MEAN:
-        MEAN_LOAD: gl.constexpr = load_layout(8)
-        offset = gl.arange(0, 32, layout=gl.SliceLayout(0, MEAN_LOAD))[None, :]
-        offset += 0 * gl.arange(0, 8, layout=gl.SliceLayout(1, MEAN_LOAD))[:, None]
-        rotated = products(mean_ptr + row * DIM + offset, operands, DIM, MMA)
-        for i in gl.static_range(COUNT):
-            mean += (gl.max(rotated[i], axis=1)[:, None],)  # all columns are equal
-
     batch, head = row // kv_heads, row % kv_heads
     start = seq_len - new
     shift = (start & TOKENS - 1).to(int32)
@@ -182,6 +188,10 @@ def store_side(
     stop = gl.minimum(first + run * TOKENS, new)
     shared = group_memory(dtype, DIM)
     copy_group(shared, x_ptr, first, stop, new, stride_t)
+    mean_ptr += row * segments * DIM
+    mean = ()
+    if HAS_MEAN:
+        mean = rotated_mean(mean_ptr, start + first, segments, operands, DIM, MMA)
     for at in range(first, stop, TOKENS):
         token = at + column
         position = start + at
@@ -204,6 +214,8 @@ def store_side(
         y = group_products(shared, operands, MMA)
         copy_group(shared, x_ptr, at + TOKENS, stop, new, stride_t)
         if HAS_MEAN:
+            if position % MEAN_OF == 0:
+                mean = rotated_mean(mean_ptr, position, segments, operands, DIM, MMA)
             less = ()
             for i in gl.static_range(COUNT):
                 less += (y[i] - mean[i],)
@@ -251,7 +263,7 @@ def prompt_kernel(
     exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
     k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, page_size,
-    blocks, run,
+    segments, blocks, run,
     HAS_MEAN: gl.constexpr, HAS_EXACT: gl.constexpr, SINKS: gl.constexpr, RECENT: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_UNIT: gl.constexpr, V_UNIT: gl.constexpr,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, K_STEPS: gl.constexpr, V_STEPS: gl.constexpr,
@@ -259,7 +271,7 @@ def prompt_kernel(
 ):  # fmt: skip
     """Grid (rows * `blocks`, 2): values, keys. The arguments are `store_kernel`'s, a block table unread.
 
-    With PDL the mean may still be in the making, for which only keys wait.
+    With PDL the means may still be in the making, for which only keys wait.
     """
     row, block = (gl.program_id(0) // blocks).to(gl.int64), gl.program_id(0) % blocks
     batch, head = row // kv_heads, row % kv_heads
@@ -270,15 +282,15 @@ def prompt_kernel(
         store_side(
             cache_ptr, k_ptr + batch * k_stride_b + head * k_stride_h, seq_len, k_rotation_ptr, mean_ptr,
             exact_ptr, exact_from_ptr, cache_stride_b, cache_stride_h, k_stride_t, from_stride, 0,
-            k_scales_offset, kv_heads, new, page_size, row, block, run, HAS_MEAN, HAS_EXACT, SINKS, RECENT,
-            K_BITS, K_UNIT, K_STEPS, K_DIM, K_DIM + V_DIM, K_ASM, False,
+            k_scales_offset, kv_heads, new, page_size, segments, row, block, run, HAS_MEAN, HAS_EXACT,
+            SINKS, RECENT, K_BITS, K_UNIT, K_STEPS, K_DIM, K_DIM + V_DIM, K_ASM, False,
         )  # fmt: skip
     else:
         store_side(
             cache_ptr, v_ptr + batch * v_stride_b + head * v_stride_h, seq_len, v_rotation_ptr, mean_ptr,
             exact_ptr + K_DIM, exact_from_ptr, cache_stride_b, cache_stride_h, v_stride_t, from_stride,
-            v_rows_offset, v_scales_offset, kv_heads, new, page_size, row, block, run, False, HAS_EXACT,
-            SINKS, RECENT, V_BITS, V_UNIT, V_STEPS, V_DIM, K_DIM + V_DIM, V_ASM, True,
+            v_rows_offset, v_scales_offset, kv_heads, new, page_size, segments, row, block, run, False,
+            HAS_EXACT, SINKS, RECENT, V_BITS, V_UNIT, V_STEPS, V_DIM, K_DIM + V_DIM, V_ASM, True,
         )  # fmt: skip
 
 
@@ -313,7 +325,7 @@ def takes(
 def store_prompt(arguments: tuple, constants: dict, k: torch.Tensor, fmt: KVFormat) -> None:
     """Store what this kernel `takes`; arguments and constants are `store_kernel`'s.
 
-    If keys have a mean, the launch before this one is that of `mean_kernel`.
+    If keys have means, the launch before this one is that of `mean_kernel`.
     """
     rows, groups = k.shape[0] * k.shape[1], triton.cdiv(k.shape[2] + PAGE_ALIGNMENT - 1, PAGE_ALIGNMENT)
     run = min(MOST_GROUPS, triton.cdiv(2 * rows * groups, WARPS * sm_count(k.device)))

@@ -80,6 +80,11 @@ class Case:
 
 # The interpreter's bfloat16 truncates, and its bfloat16 dots are wrong: float16 and float32 there.
 STORE_INTERPRETED = [
+    # Segments that a few tokens start, that a chunk starts with enough and with too few of its own.
+    Case("k4v3", 16, q_len=3, lens=(257, 513), max_len=600, dtype=FP32, exact=(2, 4)),
+    Case("k2v2", 16, q_len=16, lens=(272, 16), max_len=300, dtype=FP16, exact=(2, 4), page=48, hole=5),
+    Case("k3v2", 24, q_len=40, lens=(266, 520), max_len=518, dtype=FP32, exact=(2, 4)),
+    Case("k4v4", 16, q_len=300, lens=(300, 530), max_len=530, dtype=FP16, exact=(2, 4)),
     Case("k4v3", 80, 64, q_len=20, lens=(33, 5), max_len=40, dtype=FP16),
     Case("k3v2", 8, 24, q_len=17, lens=(17,), max_len=17, dtype=FP32),
     Case("k4v3", 80, 64, q_len=20, lens=(33, 20), max_len=40, dtype=FP16, exact=(4, 8)),
@@ -94,6 +99,8 @@ STORE_INTERPRETED = [
     Case("bf16", 20, 12, q_len=5, lens=(37, 3), max_len=40, dtype=BF16, page=32, hole=1),
 ]
 DEQUANTIZE_INTERPRETED = [
+    Case("k4v3", 16, 24, lens=(600, 257), max_len=610, dtype=FP32, exact=(2, 4)),
+    Case("k3v4", 24, lens=(513, 90), max_len=520, dtype=FP16, exact=(2, 4), page=48, hole=5),
     Case("k4v3", 80, 64, lens=(33, 0), max_len=50, dtype=FP32),
     Case("k3v2", 24, 8, lens=(17,), max_len=33, dtype=FP16),
     Case("k8v4", 16, 160, lens=(1, 35), max_len=36, dtype=FP32),
@@ -114,6 +121,8 @@ DEQUANTIZE_INTERPRETED = [
     Case("k4v8", 128, 64, kv_heads=1, lens=(150, 70), max_len=140, dtype=FP32, page=48, hole=0),
 ]
 DECODE_INTERPRETED = [
+    Case("k4v4", 16, heads=6, q_len=3, lens=(600, 257), max_len=610, dtype=FP16, exact=(2, 4)),
+    Case("k3v2", 80, lens=(513, 90), max_len=520, dtype=FP32, exact=(2, 4), softcap=3.0, page=48, hole=5),
     Case("k4v4", 80, heads=7, kv_heads=1, lens=(129, 1), dtype=FP16),
     Case("k3v2", 64, 80, q_len=5, lens=(3, 70), max_len=80, dtype=FP16),
     Case("k8v3", 576, 512, heads=3, kv_heads=1, lens=(33, 0), max_len=40, mask="float", dtype=FP16),
@@ -432,6 +441,7 @@ EXACT_GPU = [
     Case("k4v4", 256, heads=8, q_len=3, lens=(150, 33), exact=(4, 290)),  # `unpacked`'s
 ]
 APPEND_INTERPRETED = [
+    Case("k4v4", 16, q_len=3, lens=(514, 257), max_len=600, dtype=FP16, exact=(2, 4)),
     Case("k3v2", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9)),
     Case("k4v4", 16, q_len=2, lens=(40, 2), max_len=50, dtype=FP16, exact=(2, 9), softcap=2.0),
     Case("k4v4", 16, q_len=2, lens=(49, 2), max_len=50, dtype=FP16, exact=(2, 9), page=16, hole=0),
@@ -461,6 +471,19 @@ APPEND_GPU = [
 ]
 # A chunk of a prompt: more than `DECODE_TOKENS` queries, their own keys and values as they came.
 PREFILL_INTERPRETED = [
+    Case("k4v4", 64, heads=2, q_len=20, lens=(530, 290), max_len=600, dtype=FP16, exact=(2, 4)),
+    Case(
+        "k4v4",
+        64,
+        heads=2,
+        kv_heads=1,
+        q_len=18,
+        lens=(530,),
+        max_len=600,
+        dtype=FP16,
+        exact=(2, 4),
+        softcap=3.0,
+    ),
     Case("k4v4", 64, heads=4, kv_heads=1, q_len=17, lens=(129, 17), dtype=FP16),  # the second: no prefix
     Case(
         "k3v2",

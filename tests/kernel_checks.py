@@ -82,7 +82,7 @@ from tq_inductor.kernels.unpacked import attend_unpacked
 from tq_inductor.kernels.varlen import varlen_attention
 
 from tq_inductor import codec, reference, reference_attention
-from tq_inductor.beside import DECODE_TOKENS
+from tq_inductor.beside import DECODE_TOKENS, SEGMENT
 from tq_inductor.format import round_up
 from tq_inductor.reference_pages import has_no_page, rows_of
 
@@ -181,14 +181,14 @@ def check_store(case: Case, device: str) -> None:
             token = token - (lengths(case, "cpu").expand(case.batch)[row[0]] - case.q_len)
             x = (k if side == "k" else v)[row[0], row[1], token].cpu().double()
             if side == "k" and got_beside.k_mean is not None:
-                x = x - got_beside.k_mean[row[0], row[1]].cpu()
+                x = x - got_beside.k_mean[row[0], row[1], written.nonzero()[at, 2] // SEGMENT].cpu()
             y = x @ rotations(case, "cpu")[side == "v"].double()
             c = codec.centroids_of(codes[1][at], bits).double()
             want_scale[at] = y @ c / (c @ c)
         ulps = torch.ones(len(want_scale))
         if side == "k" and beside.k_mean is not None:  # a mean that rounds to its other neighbour
             moved_mean = (got_beside.k_mean.cpu() != beside.k_mean).any(-1)
-            ulps += moved_mean[..., None].expand(written.shape)[written]
+            ulps += moved_mean[..., (slot // SEGMENT).clamp(max=beside.segments - 1)][written]
         close = (got_scale - want_scale).abs() <= want_scale.abs() * ulps * 2**-7
         close |= (got_scale == want_scale) | (got_scale.isnan() & want_scale.isnan())
         assert close.all(), f"{side}: {(~close).sum()} scales are more than one bf16 ulp away"
@@ -309,7 +309,7 @@ def check_exact(case: Case, device: str) -> None:
     visible = on(device, mask, None if bounds is None else bounds.expand(case.batch, case.q_len, -1))
     found = []
     with nan_filled_memory():
-        queries = store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, case.softcap, table)
+        queries, scores = store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, table)
         rest = (*visible, case.max_len, scale, case.softcap, case.kv_heads, fmt.v_head_dim)
         found.append(attend_unpacked(q, None, beside, lens, *rest))
         overwritten = (beside.exact != before.exact.to(device)).any(-1, keepdim=True)
@@ -321,7 +321,7 @@ def check_exact(case: Case, device: str) -> None:
             for kept, new in ((beside, None), (beside, (k, v)), (torn, (k, v))):
                 work = exact_work(q, case.kv_heads, fmt.v_head_dim, scale, kept, new)
                 of_cache = (*visible, case.q_len, fmt, case.max_len, 2, work, kept, case.softcap, table)
-                warp_split(queries, cache, lens, *of_cache)
+                warp_split(queries, scores, cache, lens, *of_cache)
                 found.append(work.parts)
     stored, lens, table = moved(before, "cpu"), lens.cpu(), block_table(case, "cpu")
     cache, turns = cache.cpu(), rotations(case, "cpu")

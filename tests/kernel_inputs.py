@@ -8,7 +8,7 @@ import torch
 from kernel_cases import Case
 
 from tq_inductor import reference
-from tq_inductor.beside import NOTHING, Beside
+from tq_inductor.beside import NOTHING, SEGMENT, Beside
 from tq_inductor.format import round_up
 from tq_inductor.rotation import rotation_matrix
 
@@ -67,7 +67,7 @@ def empty_beside(case: Case) -> Beside:
     if not any(case.exact):
         return NOTHING
     rows = (case.batch, case.kv_heads)
-    mean = torch.randn(*rows, case.dim) * 3
+    mean = torch.randn(*rows, -(-case.max_len // SEGMENT), case.dim) * 3
     exact = torch.full((*rows, sum(case.exact), case.dim + (case.v_dim or case.dim)), float("nan"))
     exact_from = torch.zeros_like(lengths(case, "cpu"))
     return Beside(mean.to(case.dtype), exact.to(case.dtype), exact_from, case.exact[0])
@@ -100,7 +100,8 @@ def filled_cache(case: Case, device: str) -> tuple[torch.Tensor, Beside]:
         k *= torch.randn(case.batch, case.kv_heads, tokens, 1).exp()
         v *= (2 * torch.randn(case.batch, case.kv_heads, tokens, 1)).exp()
     if any(case.exact):
-        k += beside.k_mean.float()[:, :, None]
+        position = torch.arange(k.shape[2]).clamp(max=case.max_len - 1)
+        k += beside.k_mean.float()[:, :, position // SEGMENT]
     lens, table = lengths(case, "cpu"), block_table(case, "cpu")
     for part, length in ((slice(tokens), lens), (slice(tokens, None), lens + case.crop)):
         new_k, new_v = k[:, :, part], v[:, :, part]

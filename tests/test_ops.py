@@ -43,7 +43,7 @@ def beside_arguments(device, head_dims=32, seq_lens=()):
     """(k_mean, exact, exact_from, sink_tokens) with 3 sinks and 2 recent tokens."""
     exact = torch.zeros(2, 2, 5, head_dims, device=device)
     return (
-        torch.randn(2, 2, 16, device=device),
+        torch.randn(2, 2, 1, 16, device=device),
         exact,
         torch.zeros(seq_lens, dtype=torch.int64).to(device),
         3,

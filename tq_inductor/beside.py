@@ -1,10 +1,19 @@
 """`Beside`: what a packed cache keeps beside its bytes, so that they lose less.
 
-**A mean of keys** per batch row and KV head. Keys are quantised less this mean: a few channels of a key
-may have a mean many times their spread, and the error of a code grows with the length of what is coded.
-Softmax does not see a constant added to all scores of a query, so kernels take `q . (k - mean)` from the
-codes and add `q . mean` to the logarithm of their sum. The mean is taken from a chunk that starts a row,
-if it has enough tokens, and does not change until the row starts again.
+**Means of keys**, per batch row and KV head one for each segment of `SEGMENT` positions. Keys are quantised
+less the mean of their segment: a few channels of a key may have a mean many times their spread, and the
+error of a code grows with the length of what is coded. One mean for all of a context would not do: rotary
+embeddings turn it, in slow channels by half within some thousand tokens, and it is then worse than none.
+Kernels take `q . (k - mean)` from the codes and add `q . mean` of the segment to the scores.
+
+A store sets the means of the segments whose first position is among its tokens, and changes no other:
+
+- a chunk of more than `DECODE_TOKENS` tokens, of which the segment has at least `LEAST_MEAN_TOKENS`: their
+  mean, from up to `MEAN_SAMPLES` of them, evenly spread;
+- else the mean of the segment before, zero for the first.
+
+So all tokens of a segment are coded less the same mean, however they came and were taken back; and checking
+tokens at once in speculative decoding stores the same bytes as decoding them one by one.
 
 **Exact tokens**: copies of the first `sink_tokens` tokens, on which attention often leans, and of the last
 `recent_tokens`, at which it looks most. Every token is packed too, so that taking tokens back loses none.
@@ -31,8 +40,9 @@ from typing import NamedTuple
 
 import torch
 
-MEAN_TOKENS = 1024  # at most, of a first chunk, that the mean is taken from
-LEAST_MEAN_TOKENS = 16  # a chunk of fewer leaves it zero: it may then add more error than it removes
+SEGMENT = 256  # positions of one mean: at 4 bits and D = 128 it adds 0.8% to the bytes
+MEAN_SAMPLES = 64  # keys at most that a mean is taken from: more would be read for little
+LEAST_MEAN_TOKENS = 16  # a mean of fewer may add more error than it removes
 # A chunk of at most as many attends to what its own codes decode to: decoding token by token, and checking
 # the same tokens at once in speculative decoding, then see the same keys and values.
 DECODE_TOKENS = 16
@@ -46,7 +56,7 @@ class Beside(NamedTuple):
     """The tensors of one layer; `sink_tokens` of the slots of `exact` are sinks, the others recent tokens.
 
     Attributes:
-        k_mean: `[B, Hkv, D]`, zero until it is taken.
+        k_mean: `[B, Hkv, segments, D]`, contiguous: segment i has positions `SEGMENT * i`.. .
         exact: `[B, Hkv, sink_tokens + recent_tokens, D + Dv]`, a key and its value a slot.
         exact_from: int64, in the shape of the lengths.
     """
@@ -60,6 +70,11 @@ class Beside(NamedTuple):
     def recent_tokens(self) -> int:
         """Slots of recent tokens."""
         return 0 if self.exact is None else self.exact.shape[2] - self.sink_tokens
+
+    @property
+    def segments(self) -> int:
+        """Means of a row; 0: there are none."""
+        return 0 if self.k_mean is None else self.k_mean.shape[2]
 
 
 NOTHING = Beside()

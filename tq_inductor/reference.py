@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .beside import NOTHING, Beside, Chunk
+from .beside import NOTHING, SEGMENT, Beside, Chunk
 from .codec import decode_vectors, encode_vectors, pack, unpack
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
-from .reference_beside import copy_exact, exact_slots, take_mean
+from .reference_beside import copy_exact, exact_slots, take_means
 from .reference_pages import capacity, has_no_page, place, rows_of
 
 
@@ -68,14 +68,16 @@ def store(
     if beside.exact_from is not None:
         copy_exact(beside, new_k, new_v, rows, positions, seq_lens, new)
     pages, slots = place(rows, positions, block_table, page_size)
-    new_k, new_v, rows, slots, pages = (x[pages >= 0] for x in (new_k, new_v, rows, slots, pages))
+    has_page = pages >= 0
+    new_k, new_v, slots, pages = (x[has_page] for x in (new_k, new_v, slots, pages))
     if fmt.is_lossless:
         views["k_rows"][pages, :, slots] = new_k.to(fmt.dtype)
         views["v_rows"][pages, :, slots] = new_v.to(fmt.dtype)
         return
     if beside.k_mean is not None:
-        take_mean(beside.k_mean, k, seq_lens)
-        new_k = new_k.to(torch.float32) - beside.k_mean[rows].to(torch.float32)
+        take_means(beside.k_mean, k, seq_lens)
+        mean = beside.k_mean[rows, :, positions // SEGMENT][has_page]
+        new_k = new_k.to(torch.float32) - mean.to(torch.float32)
     codes, scales = encode_vectors(new_k, fmt.k_bits, k_rotation)
     views["k_rows"][pages, :, slots] = pack(codes, fmt.k_bits)
     views["k_scales"][pages, :, slots] = scales
@@ -127,7 +129,7 @@ def load(
         k = decode_vectors(unpack(k_rows, fmt.k_bits), k_scales, fmt.k_bits, k_rotation)
         v = decode_vectors(unpack(v_rows, fmt.v_bits), v_scales, fmt.v_bits, v_rotation)
         if beside.k_mean is not None:
-            k = k + beside.k_mean[:, :, None].to(torch.float32)
+            k = k + beside.k_mean[:, :, slot // SEGMENT].to(torch.float32)
     if block_table is not None:
         missing = has_no_page(block_table, fmt.page_size(cache.shape[-1]), max_len)[:, None, :, None]
         k, v = torch.where(missing, float("nan"), k), torch.where(missing, 0.0, v)

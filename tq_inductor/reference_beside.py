@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from .beside import LEAST_MEAN_TOKENS, MEAN_TOKENS, Beside
+from .beside import DECODE_TOKENS, LEAST_MEAN_TOKENS, MEAN_SAMPLES, SEGMENT, Beside
 
 
-def take_mean(k_mean: torch.Tensor, k: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Set the mean of rows that k `[B, Hkv, q, D]` starts, if it has enough tokens.
+def take_means(k_mean: torch.Tensor, k: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Set the means of the segments that k `[B, Hkv, q, D]` starts, as `beside` says.
 
     A value that is not finite counts as 0: it must not reach the other tokens.
     """
-    new = k.shape[2]
-    if new < LEAST_MEAN_TOKENS:
-        return
-    first = k[:, :, :MEAN_TOKENS].to(torch.float32)
-    mean = torch.where(first.isfinite(), first, 0.0).mean(2).to(k_mean.dtype)
-    k_mean.copy_(torch.where((seq_lens == new).expand(len(k))[:, None, None], mean, k_mean))
+    batch, _, new, _ = k.shape
+    for row, length in enumerate(seq_lens.expand(batch).tolist()):
+        start = length - new
+        for segment in range(-(-max(start, 0) // SEGMENT), min(-(-length // SEGMENT), k_mean.shape[2])):
+            first = segment * SEGMENT - start
+            keys = k[row, :, first : first + SEGMENT]
+            if new > DECODE_TOKENS and keys.shape[1] >= LEAST_MEAN_TOKENS:
+                samples = keys[:, :: max(keys.shape[1] // MEAN_SAMPLES, 1)][:, :MEAN_SAMPLES].float()
+                mean = torch.where(samples.isfinite(), samples, 0.0).mean(1)
+            else:
+                before = k_mean[row, :, segment - 1]
+                mean = before if segment else torch.zeros_like(before)
+            k_mean[row, :, segment] = mean.to(k_mean.dtype)
 
 
 def copy_exact(

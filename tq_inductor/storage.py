@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import ops  # noqa: F401  (defines torch.ops.tq_inductor)
-from .beside import DECODE_TOKENS, Beside, Chunk
+from .beside import DECODE_TOKENS, SEGMENT, Beside, Chunk
 from .errors import CacheFullError, CacheMismatchError
 from .format import KVFormat, round_up
 from .rotation import rotation_matrix
@@ -125,7 +125,8 @@ class PackedStorage:
             self.v_rotation = self.k_rotation if same else rotation_matrix(fmt.v_head_dim, device)
             rows = (batch_size, num_kv_heads)
             if not fmt.is_lossless:
-                self.k_mean = torch.zeros((*rows, fmt.head_dim), dtype=dtype, device=device)
+                means = (*rows, -(-max_len // SEGMENT), fmt.head_dim)
+                self.k_mean = torch.zeros(means, dtype=dtype, device=device)
             if exact_tokens:
                 shape = (*rows, exact_tokens, fmt.head_dim + fmt.v_head_dim)
                 self.exact = torch.zeros(shape, dtype=dtype, device=device)
@@ -208,7 +209,7 @@ class PackedStorage:
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
-        for buffer in (self.seq_length, self.k_mean, self.exact_from):
+        for buffer in (self.seq_length, self.exact_from):
             if buffer is not None:
                 buffer.zero_()
         if not torch.compiler.is_compiling():
