@@ -18,9 +18,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import Beside
 from ..format import KVFormat
 from .bits import TINY, early_launch, hadamard
-from .key_means import MEAN_OF, take_means
+from .key_means import take_means
 from .mean_scores import SEGMENTS, empty_scores, score_means
 from .scores import LOG2_E
+from .segments import MEAN_OF
 from .store import store_arguments, store_kernel
 
 ROWS = 1  # of a program, which is a warp

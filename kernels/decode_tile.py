@@ -5,9 +5,9 @@ import triton.language as tl
 
 from .bits import FP16_UNIT, TINY
 from .decode_rows import load_query, load_rows
-from .key_means import MEAN_OF
 from .pages import TOGETHER, find_tokens
 from .scores import KEY_MASK, NO_MASK, load_mask, squash
+from .segments import MEAN_OF
 
 
 @triton.jit

@@ -29,9 +29,9 @@ from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, un
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import TRANSPOSE, ExactWork, attend_to_exact
-from .key_means import MEAN_OF
 from .pages import table_arguments, tokens_of_page
 from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
+from .segments import MEAN_OF
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
 from .warp_share import REGISTERS, share

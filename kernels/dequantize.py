@@ -24,8 +24,8 @@ from .bits import (
     sm_count,
 )
 from .centroids import asm_for, centroids, unit_of
-from .key_means import MEAN_OF
 from .pages import find_tokens, table_arguments, tokens_of_page
+from .segments import MEAN_OF
 
 BLOCK_N = 64  # tokens of a tile: 64 x 128 float32 sums are 64 registers of 128 threads
 # Of sums of several products, too few for wgmma: Triton 3.6 lets one still read the registers of its first

@@ -12,21 +12,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..beside import DECODE_TOKENS, LEAST_MEAN_TOKENS, MEAN_SAMPLES, SEGMENT, Beside
 from .bits import early_launch
+from .segments import MEAN_OF
 
-MEAN_OF = tl.constexpr(SEGMENT)
 SAMPLES, LEAST = tl.constexpr(MEAN_SAMPLES), tl.constexpr(LEAST_MEAN_TOKENS)
-FEW = tl.constexpr(DECODE_TOKENS)
-
-
-@triton.jit
-def mean_source(position, start, new):
-    """(segment of a position, which segment's mean a store finds there), -1: zero.
-
-    A store of a few tokens, from `start`, takes over the mean of the segment before for one that it starts.
-    """
-    segment = position // MEAN_OF
-    starts = (segment * MEAN_OF >= start) & (new <= FEW)
-    return segment, tl.where(starts, segment - 1, segment)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .key_means import MEAN_OF, mean_source
 from .scores import LOG2_E
+from .segments import MEAN_OF, mean_source
 
 SEGMENTS = 16  # of a program: the least columns of a dot
 

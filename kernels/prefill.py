@@ -21,8 +21,8 @@ from .centroids import asm_for, centroids, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
-from .key_means import MEAN_OF
 from .scores import NO_MASK, has_whole, hide, mask_arguments, soften, squash, visible_slots
+from .segments import MEAN_OF
 
 PROGRAMS_PER_SM = 2
 DIMS = (64, 128, 256)

@@ -25,7 +25,6 @@ from .centroids import asm_for, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
-from .key_means import MEAN_OF
 from .prefill import (
     WEIGHT_BITS,
     WEIGHT_UNIT,
@@ -37,6 +36,7 @@ from .prefill import (
 )
 from .prefill_wgmma import WGMMA_TILE, describe, has_wgmma, wgmma_piece_kernel
 from .scores import FLOAT_MASK, KEY_MASK, NO_MASK, has_whole, hide, mask_arguments, squash
+from .segments import MEAN_OF
 
 WORKSPACE = 64 << 20  # bytes, whatever the context is
 LEAST_ROWS = 256  # query rows of a KV head: for fewer `prefill`, which unpacks a tile for 128, is faster

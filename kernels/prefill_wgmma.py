@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bits import TINY
-from .key_means import MEAN_OF
 from .prefill import WEIGHT_BITS, WEIGHT_UNIT
+from .segments import MEAN_OF
 
 BLOCK_M, BLOCK_N, STAGES = gl.constexpr(128), gl.constexpr(128), gl.constexpr(3)
 WGMMA_TILE = (BLOCK_M.value, BLOCK_N.value)

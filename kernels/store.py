@@ -20,8 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, encode, hadamard, quantiser
-from .key_means import MEAN_OF, mean_source, take_means
+from .key_means import take_means
 from .pages import table_arguments, tokens_of_page
+from .segments import MEAN_OF, mean_source
 from .slots import locate_exact, locate_vectors
 from .store_prompt import store_prompt, takes
 

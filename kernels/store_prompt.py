@@ -20,7 +20,6 @@ from triton.experimental.gluon.language import float32, int32
 from ..beside import Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, early_launch, fp8_value, sm_count
-from .key_means import MEAN_OF
 from .prompt_codes import code_steps, encode_asm, first_byte, lanes_apart, words_of_call
 from .prompt_sums import LARGE, SMALL, over_rows, rows_and_tokens, squares_of, to_columns, to_ordinary
 from .prompt_transform import (
@@ -34,6 +33,7 @@ from .prompt_transform import (
     token_of,
     transform_operands,
 )
+from .segments import MEAN_OF
 from .slots import locate_exact, locate_page
 from .warp_hadamard import butterflies
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tq_inductor import PackedKVCache
-from tq_inductor.beside import LEAST_MEAN_TOKENS
+from tq_inductor.beside import LEAST_MEAN_TOKENS, SEGMENT
 from tq_inductor.cache_layers import AnnouncedLength, TurboQuantLayer
 from tq_inductor.storage import PackedStorage
 
@@ -111,21 +111,57 @@ def error_of(cache, k):
     return ((keys - k).square().sum() / k.square().sum()).item()
 
 
-def test_a_mean_is_taken_from_the_first_chunk_and_kept():
-    k, v = shifted(60)
-    cache = PackedKVCache(2, 2, 64, MAX_LEN, dtype=torch.float32, device="cpu")
-    cache.update(k[:, :, :30], v[:, :, :30])
-    mean = cache.k_mean.clone()
-    assert torch.allclose(mean, k[:, :, :30].mean(2), atol=1e-5)
-    cache.update(k[:, :, 30:], v[:, :, 30:])
-    assert torch.equal(cache.k_mean, mean)
-    plain = PackedKVCache(2, 2, 64, MAX_LEN, dtype=torch.float32, device="cpu")
-    for i in range(4):
-        plain.update(*(x[:, :, 15 * i : 15 * i + 15] for x in (k, v)))  # too few at a time for a mean
-    assert not plain.k_mean.any()
-    assert error_of(cache, k) < 0.1 * error_of(plain, k)
+def means_of(chunks, k, v, max_len=700):
+    """The cache, and its means, after these numbers of tokens of k and v were appended at once."""
+    cache = PackedKVCache(2, 2, 64, max_len, dtype=torch.float32, device="cpu")
+    start = 0
+    for count in chunks:
+        cache.update(*(x[:, :, start : start + count] for x in (k, v)))
+        start += count
+    return cache, cache.k_mean
+
+
+def test_a_chunk_sets_the_means_of_the_segments_that_it_starts():
+    k, v = shifted(700)
+    k[:, :, SEGMENT:] -= 7
+    _, means = means_of((30, 500), k, v)
+    assert torch.allclose(means[:, :, 0], k[:, :, :30].mean(2), atol=1e-5)  # and did not change
+    assert torch.allclose(means[:, :, 1], k[:, :, SEGMENT : 2 * SEGMENT : 4].mean(2), atol=1e-5)
+    assert torch.allclose(means[:, :, 2], k[:, :, 2 * SEGMENT : 530].mean(2), atol=1e-5)
+    _, means = means_of((SEGMENT + LEAST_MEAN_TOKENS - 1,), k, v)
+    assert torch.equal(means[:, :, 1], means[:, :, 0])  # too few for one of their own
+    plain, means = means_of((15,) * 4, k, v)
+    assert not means.any()
+    assert error_of(means_of((60,), k, v)[0], k[:, :, :60]) < 0.1 * error_of(plain, k[:, :, :60])
+
+
+def test_a_few_tokens_take_over_the_mean_of_the_segment_before():
+    k, v = shifted(600)
+    cache, means = means_of((250, *(3,) * 10), k, v)
+    assert torch.equal(means[:, :, 1], means[:, :, 0])
+    assert not means[:, :, 2].any()
+    other, _ = means_of((250, 16, *(1,) * 14), k, v)
+    assert torch.equal(cache.packed, other.packed)  # at once or one by one: the same bytes
     cache.reset()
-    assert not cache.k_mean.any()
+    keys, _ = cache.update(k[:, :, :3], v[:, :, :3])  # a row starts again, with too few
+    assert not cache.k_mean[:, :, 0].any()
+    assert torch.equal(
+        keys[:, :, :3], means_of((3,), k, v)[0].update(k[:, :, :0], v[:, :, :0])[0][:, :, :3]
+    )
+
+
+def test_means_turn_with_the_keys():
+    """In some channels the mean turns by half within the context, as after rotary embeddings."""
+    k, v = shifted(700)
+    angle = torch.linspace(0, torch.pi, 700)[:, None]
+    k[..., :2] += 40 * torch.cat((angle.cos(), angle.sin()), -1) - 40
+    cache, means = means_of((700,), k, v)
+    one, _ = means_of((700,), k, v)
+    one.k_mean[:] = means[:, :, :1]
+    one.seq_length.zero_()
+    for start in range(0, 700, 14):  # few at a time take over the first mean
+        one.update(*(x[:, :, start : start + 14] for x in (k, v)))
+    assert error_of(cache, k) < 0.1 * error_of(one, k)
 
 
 def test_a_first_chunk_with_values_that_are_not_finite_does_not_spread_them():

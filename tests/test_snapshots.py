@@ -121,7 +121,7 @@ def test_llama_decode_turboquant():
     after_prompt(model, cache)
     assert_expected_inline(
         snapshot(model, IDS[:, :1], past_key_values=cache),
-        """tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[1, 1, 2], None, k4v4, 32, 0.25, f32[2, 2, 16], f32[2, 2, 16, 32], i64[], 4)""",
+        """tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[1, 1, 2], None, k4v4, 32, 0.25, f32[2, 2, 1, 16], f32[2, 2, 16, 32], i64[], 4)""",
     )
 
 
@@ -158,7 +158,7 @@ setitem(f32[2, 2, 8, 16], (slice(None, None, None), slice(None, None, None), ind
 copy_(f32[2, 2, 8, 16], f32[2, 2, 8, 16])
 copy_(f32[2, 2, 8, 16], f32[2, 2, 8, 16])
 scaled_dot_product_attention(f32[2, 4, 1, 16], f32[2, 2, 8, 16], f32[2, 2, 8, 16], enable_gqa=True, scale=0.0625)
-tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[1, 1, 2], None, k4v4, 32, 0.0625, f32[2, 2, 16], f32[2, 2, 16, 32], i64[], 4)""",
+tq_append_attend(u8[2, 2, 640], f32[2, 4, 1, 16], f32[2, 2, 1, 16], f32[2, 2, 1, 16], i64[], f32[16, 16], f32[16, 16], None, i32[1, 1, 2], None, k4v4, 32, 0.0625, f32[2, 2, 1, 16], f32[2, 2, 16, 32], i64[], 4)""",
         )
 
 
