@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "kernels.exact": ["kernels.scores", "beside"],
     "kernels.unpacked": ["kernels.bits", "kernels.exact", "kernels.scores", "kernels.varlen", "beside"],
     "kernels.decode_query": [
-        *("kernels.bits", "kernels.key_means", "kernels.mean_scores", "kernels.segments", "kernels.store"),
+        *("kernels.bits", "kernels.key_means", "kernels.mean_scores", "kernels.scores"),
+        *("kernels.segments", "kernels.store"),
         *("beside", "format"),
     ],
     "kernels.decode_reduce": ["kernels.bits", "kernels.exact", "kernels.scores"],
