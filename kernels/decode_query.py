@@ -191,7 +191,7 @@ def store_and_rotate(
     prepare_kernel[(blocks, 2 + triton.cdiv(others, blocks))](
         *arguments, q, *queries, queries.factors if scores is None else scores, *q.stride(), rows, scale,
         **constants, HEADS=q.shape[1] // k.shape[1], BLOCK_M=ROWS, SCORE_M=16, SCORE_S=SEGMENTS,
-        SCORE_D=min(64, q.shape[3]), num_warps=1, **early_launch(q.device),
+        SCORE_D=min(128, q.shape[3]), num_warps=1, **early_launch(q.device),
     )  # fmt: skip
     return queries, scores
 

@@ -66,8 +66,8 @@ LAUNCH_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
 @gluon.jit
 def attend_tile(
-    acc, total, peak, largest, q, q_scale, means, tables, shared, ptrs, left, sees, mask, has_page, start,
-    end,
+    acc, total, peak, largest, mean_score, q, q_scale, means, tables, shared, ptrs, left, sees, mask,
+    has_page, start, end,
     PAGE: gl.constexpr, SOFTCAP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
     K_PLANE: gl.constexpr, V_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
@@ -75,7 +75,9 @@ def attend_tile(
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` and `left` are of the next tile.
 
-    If it has no page, a query that sees a token of it gives NaN.
+    If it has no page, a query that sees a token of it gives NaN. `mean_score`, in base 2, is that of the
+    segment's mean of keys: rather than to each score it is added to none, and as it changes, the peak is
+    moved the other way.
     """
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -83,9 +85,10 @@ def attend_tile(
     V_CODES: gl.constexpr = codes_per_byte(V_BITS)
     V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
-    mean_score = gl.zeros([N], gl.float32, gl.SliceLayout(0, MMA))
-    if HAS_MEAN:  # on its way while the keys are multiplied
-        mean_score = gl.load(means[0] + start // MEAN_OF * means[1], mask=means[2], other=0.0)
+    score_before = mean_score
+    if HAS_MEAN:
+        if start % MEAN_OF == 0:  # on its way while the keys are multiplied
+            mean_score = gl.load(means[0] + start // MEAN_OF * means[1], mask=means[2], other=0.0)
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
@@ -103,9 +106,8 @@ def attend_tile(
         s = s * q_scale[None, :] + mean_score[None, :]
         s = (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / SOFTCAP)))) * (SOFTCAP * LOG2_E)
         q_scale = gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
-        mean_score = gl.zeros([N], gl.float32, gl.SliceLayout(0, MMA))
-    elif HAS_MEAN:  # the same for all keys of a tile: it goes with the peak
-        mean_score *= means[3]
+    elif HAS_MEAN:
+        peak += (score_before - mean_score) * means[3]
 
     low, high, filled, whole_from, whole_to = sees
     if PAGE > 0:
@@ -119,10 +121,10 @@ def attend_tile(
             inside = inside & let_through[:, None]
         s = gl.where(inside, s, float("-inf"))
         v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
-    new_peak = gl.maximum(peak, gl.max(s, axis=0) + mean_score)
+    new_peak = gl.maximum(peak, gl.max(s, axis=0))
     origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     decay = gl.exp2((peak - origin) * q_scale)
-    shift = (origin - mean_score) * q_scale - WEIGHT_BITS
+    shift = origin * q_scale - WEIGHT_BITS
     weights = gl.exp2(s * q_scale[None, :] - shift[None, :])
     total = total * decay + gl.sum(weights, axis=0)
     peak = new_peak
@@ -152,7 +154,7 @@ def attend_tile(
         for t in gl.static_range(V_CODES):
             new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
     copy_values(shared[1], ptrs[1], left, V_ROW)
-    return new_acc, total, peak, largest
+    return new_acc, total, peak, largest, mean_score
 
 
 @gluon.jit
@@ -216,8 +218,11 @@ def warp_split_kernel(
     filled = gl.minimum(seq_len, max_len).to(gl.int32)
     high = gl.minimum(high, filled)
     seen = valid & (low < high)
-    WHOLE: gl.constexpr = TILE if PAGE > 0 or HAS_MEAN else 16  # a tile is in one page and segment
-    begin = gl.min(gl.where(seen, low, max_len), axis=0) // WHOLE * WHOLE
+    WHOLE: gl.constexpr = TILE if PAGE > 0 else 16  # a tile is in one page
+    begin = gl.min(gl.where(seen, low, max_len), axis=0)
+    if HAS_MEAN:  # and in one segment; where such an alignment shows, the loop has 40 instructions more
+        begin -= begin % TILE
+    begin = begin // WHOLE * WHOLE
     end = gl.max(gl.where(seen, high, 0), axis=0)
     share = gl.cdiv(gl.cdiv(end - begin, TILE), splits) * TILE
     first = begin + split * share
@@ -275,6 +280,9 @@ def warp_split_kernel(
         q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
     means = (mean_score_ptr + group * segments * rows + row, rows, valid, 1.0 / q_scale)
+    mean_score = gl.zeros([N], gl.float32, COLUMNS)
+    if HAS_MEAN:
+        mean_score = gl.load(means[0] + first // MEAN_OF * rows, mask=valid, other=0.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
     if V_LO != K_LO:
@@ -295,9 +303,9 @@ def warp_split_kernel(
             ptrs = tile_pointers(page, offsets, slot, K_ROW, V_ROW)
         else:
             ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
-        acc, total, peak, largest = attend_tile(
-            acc, total, peak, largest, q, q_scale, means, tables, shared, ptrs, left, sees, mask,
-            here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
+        acc, total, peak, largest, mean_score = attend_tile(
+            acc, total, peak, largest, mean_score, q, q_scale, means, tables, shared, ptrs, left, sees,
+            mask, here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
             V_DIM, HAS_MASK, HAS_MEAN, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
@@ -305,7 +313,7 @@ def warp_split_kernel(
         gl.inline_asm_elementwise(LAUNCH_NEXT, "=r", [], gl.int32, False, 1)
 
     if SOFTCAP == 0:
-        peak *= q_scale
+        peak = peak * q_scale + mean_score
     gl.store(log_ptr + part, peak + gl.log2(total) - WEIGHT_BITS, mask=valid)
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
     value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
