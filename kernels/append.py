@@ -35,7 +35,7 @@ def append_and_attend(
 ) -> torch.Tensor:
     """`store`, then `decode`, if `own` with k and v as they came."""
     page = tokens_of_page(cache, fmt, block_table)
-    by_warps = not own and takes(q, fmt, cache.shape[1], attn_mask, bounds, page)
+    by_warps = not own and takes(q, fmt, cache.shape[1], attn_mask, bounds, page, beside)
     if q.numel() == 0 or q.shape[2] != k.shape[2] or not by_warps:
         store(cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table)
         visible = (attn_mask, bounds, sinks)
@@ -47,11 +47,11 @@ def append_and_attend(
     with torch.cuda.device_of(q):
         bounds = expand_bounds(bounds, q)
         work = exact_work(q, cache.shape[1], fmt.v_head_dim, scale, beside, (k, v))
-        queries, scores = store_and_rotate(
+        queries = store_and_rotate(
             cache, q, k, v, seq_lens, k_rotation, v_rotation, fmt, scale, beside, block_table
         )
         attend_by_warps(
-            out, q, queries, scores, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+            out, q, queries, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
             max_len, scale, beside, softcap, block_table,
         )  # fmt: skip
     return out

@@ -247,13 +247,12 @@ def decode(
         return out
     bounds = expand_bounds(bounds, q)
     page = tokens_of_page(cache, fmt, block_table)
-    if own is None and takes(q, fmt, cache.shape[1], attn_mask, bounds, page):
+    if own is None and takes(q, fmt, cache.shape[1], attn_mask, bounds, page, beside):
         with torch.cuda.device_of(q):
             work = exact_work(q, cache.shape[1], fmt.v_head_dim, scale, beside)
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
-            scores = mean_scores(q, beside.k_mean, seq_lens, scale)
             attend_by_warps(
-                out, q, queries, scores, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
+                out, q, queries, work, cache, seq_lens, v_rotation, attn_mask, bounds, sinks, fmt,
                 max_len, scale, beside, softcap, block_table, lse,
             )  # fmt: skip
         return out

@@ -1,8 +1,8 @@
 """The first launch of decoding: rotate the queries.
 
 For decoding by warps they are brought to the range of float16; when such a step also appends, other
-programs of the launch store the new tokens and score the means of keys (`store_and_rotate`). For the
-portable kernel they are float32 (`rotate`).
+programs of the launch store the new tokens (`store_and_rotate`). For the portable kernel they are float32
+(`rotate`).
 
 They wait before they let the next launch start: that has programs that do not wait (`exact`) and need what
 was there before this one.
@@ -19,9 +19,7 @@ from ..beside import Beside
 from ..format import KVFormat
 from .bits import TINY, early_launch, hadamard
 from .key_means import take_means
-from .mean_scores import SEGMENTS, empty_scores, score_means
 from .scores import LOG2_E
-from .segments import MEAN_OF
 from .store import store_arguments, store_kernel
 
 ROWS = 1  # of a program, which is a warp
@@ -90,15 +88,14 @@ def prepare_kernel(
     exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
     k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
-    segments, q_ptr, out_ptr, scale_ptr, mean_score_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-    rows, scale, HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    segments, q_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, scale,
+    HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, SCORE_M: tl.constexpr,
-    SCORE_S: tl.constexpr, SCORE_D: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`store_kernel` in two rows of the grid, then the queries, then the scores of means."""
+    """`store_kernel` in two rows of the grid, then the queries."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -112,25 +109,11 @@ def prepare_kernel(
             V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE, BLOCK, BLOCK_K,
         )  # fmt: skip
     else:
-        index = (tl.program_id(1) - 2) * tl.num_programs(0) + tl.program_id(0)
-        blocks = tl.cdiv(rows, BLOCK_M)
-        if index < blocks:
-            rotate_block(
-                index, q_ptr, k_rotation_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t,
-                q_stride_d, rows, kv_heads, new, scale, K_DIM, HEADS, BLOCK_M,
-            )  # fmt: skip
-        elif HAS_MEAN:
-            runs = tl.cdiv(segments, SCORE_S)
-            group, block = ((index - blocks) // runs).to(tl.int64), (index - blocks) % runs
-            own_rows = new * HEADS
-            if group * own_rows < rows:
-                seq_len = tl.load(seq_lens_ptr + group // kv_heads * lens_stride)
-                if block * SCORE_S * MEAN_OF < seq_len:
-                    score_means(
-                        q_ptr, mean_ptr, mean_score_ptr, seq_len, new, group, block, 0, own_rows,
-                        q_stride_b, q_stride_h, q_stride_t, q_stride_d, own_rows, kv_heads, segments, scale,
-                        K_DIM, HEADS, SCORE_M, SCORE_S, SCORE_D,
-                    )  # fmt: skip
+        rotate_block(
+            (tl.program_id(1) - 2) * tl.num_programs(0) + tl.program_id(0), q_ptr, k_rotation_ptr, out_ptr,
+            scale_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, kv_heads, new, scale, K_DIM,
+            HEADS, BLOCK_M,
+        )  # fmt: skip
 
 
 class Queries(NamedTuple):
@@ -177,23 +160,20 @@ def store_and_rotate(
     scale: float,
     beside: Beside,
     block_table: torch.Tensor | None = None,
-) -> tuple[Queries, torch.Tensor | None]:
-    """`store`, `rotate_queries` and `mean_scores` in one launch, for dims of powers of two up to 256."""
+) -> Queries:
+    """`store` and `rotate_queries` in one launch, for dimensions that are powers of two up to 256."""
     queries = empty_queries(q, cache.shape[1])
     take_means(k, seq_lens, beside)
     arguments, constants = store_arguments(
         cache, k, v, seq_lens, k_rotation, v_rotation, fmt, beside, block_table
     )
     rows = queries.factors.numel()
-    scores = None if beside.k_mean is None else empty_scores(q, beside.k_mean)
-    others = triton.cdiv(rows, ROWS) + q.shape[0] * k.shape[1] * triton.cdiv(beside.segments, SEGMENTS)
     blocks = triton.cdiv(k[..., 0].numel(), constants["BLOCK"])
-    prepare_kernel[(blocks, 2 + triton.cdiv(others, blocks))](
-        *arguments, q, *queries, queries.factors if scores is None else scores, *q.stride(), rows, scale,
-        **constants, HEADS=q.shape[1] // k.shape[1], BLOCK_M=ROWS, SCORE_M=16, SCORE_S=SEGMENTS,
-        SCORE_D=min(128, q.shape[3]), num_warps=1, **early_launch(q.device),
+    prepare_kernel[(blocks, 2 + triton.cdiv(triton.cdiv(rows, ROWS), blocks))](
+        *arguments, q, *queries, *q.stride(), rows, scale, **constants, HEADS=q.shape[1] // k.shape[1],
+        BLOCK_M=ROWS, num_warps=1, **early_launch(q.device),
     )  # fmt: skip
-    return queries, scores
+    return queries
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

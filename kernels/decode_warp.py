@@ -31,7 +31,7 @@ from .decode_reduce import reduce_splits
 from .exact import TRANSPOSE, ExactWork, attend_to_exact
 from .pages import table_arguments, tokens_of_page
 from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
-from .segments import MEAN_OF
+from .segments import MEAN_OF, mean_source
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
 from .warp_share import REGISTERS, share
@@ -53,6 +53,7 @@ from .warp_tiles import (
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 WEIGHT_BITS = gl.constexpr(15.0)
+SEGMENTS = gl.constexpr(16)  # rows of a product: so many means are scored at once
 
 # `$1`, in a register: lane masks below and above never meet, but the assembler does not know, and so
 # does not keep the value in a uniform register, from which it would be copied before every lookup.
@@ -66,18 +67,16 @@ LAUNCH_NEXT = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 
 @gluon.jit
 def attend_tile(
-    acc, total, peak, largest, mean_score, q, q_scale, means, tables, shared, ptrs, left, sees, mask,
-    has_page, start, end,
+    acc, total, peak, largest, mean_score, q, q_scale, tables, shared, ptrs, left, sees, mask, has_page,
+    start, end,
     PAGE: gl.constexpr, SOFTCAP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
     K_ASM: gl.constexpr, V_ASM: gl.constexpr, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
-    K_PLANE: gl.constexpr, V_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
-    HAS_MEAN: gl.constexpr, MMA: gl.constexpr,
+    K_PLANE: gl.constexpr, V_DIM: gl.constexpr, HAS_MASK: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` and `left` are of the next tile.
 
-    If it has no page, a query that sees a token of it gives NaN. `mean_score`, in base 2, is that of the
-    segment's mean of keys: rather than to each score it is added to none, and as it changes, the peak is
-    moved the other way.
+    If it has no page, a query that sees a token of it gives NaN. Scores are less `mean_score`, that of the
+    segment's mean of keys in base 2, and so are peaks; but with a softcap neither are.
     """
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -85,10 +84,6 @@ def attend_tile(
     V_CODES: gl.constexpr = codes_per_byte(V_BITS)
     V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
-    score_before = mean_score
-    if HAS_MEAN:
-        if start % MEAN_OF == 0:  # on its way while the keys are multiplied
-            mean_score = gl.load(means[0] + start // MEAN_OF * means[1], mask=means[2], other=0.0)
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
@@ -106,8 +101,6 @@ def attend_tile(
         s = s * q_scale[None, :] + mean_score[None, :]
         s = (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / SOFTCAP)))) * (SOFTCAP * LOG2_E)
         q_scale = gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
-    elif HAS_MEAN:
-        peak += (score_before - mean_score) * means[3]
 
     low, high, filled, whole_from, whole_to = sees
     if PAGE > 0:
@@ -154,12 +147,46 @@ def attend_tile(
         for t in gl.static_range(V_CODES):
             new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
     copy_values(shared[1], ptrs[1], left, V_ROW)
-    return new_acc, total, peak, largest, mean_score
+    return new_acc, total, peak, largest
+
+
+@gluon.jit
+def score_means(
+    q_ptr, mean_ptr, block, seq_len, new, first_row, rows, segments, stride_h, stride_t, stride_d, scale,
+    DIM: gl.constexpr, HEADS: gl.constexpr, N: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Scores in base 2 of the means of `SEGMENTS` segments, block `block` of a row: [SEGMENTS, N].
+
+    As a store of the last `new` tokens leaves them, though it may not be done.
+    """
+    FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    segment = block * SEGMENTS + gl.arange(0, SEGMENTS, layout=gl.SliceLayout(1, FIRST))
+    source = mean_source(segment * MEAN_OF, seq_len - new, new)[1]
+    known = (segment * MEAN_OF < seq_len) & (segment < segments) & (source >= 0)
+    dim = gl.arange(0, 16, layout=gl.SliceLayout(0, FIRST))[None, :]
+    mean_ptrs = mean_ptr + (source[:, None] * DIM + dim)
+    row = first_row + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))
+    q_dim = gl.arange(0, 16, layout=gl.SliceLayout(1, SECOND))[:, None]
+    q_ptrs = q_ptr + (row % HEADS * stride_h + row // HEADS * stride_t)[None, :] + q_dim * stride_d
+    x = gl.zeros([SEGMENTS, N], gl.float32, MMA)
+    for i in gl.static_range(DIM // 16):
+        mean = gl.load(mean_ptrs + 16 * i, mask=known[:, None] & (dim >= 0), other=0.0)
+        q = gl.load(q_ptrs + 16 * i * stride_d, mask=(row < rows)[None, :] & (q_dim >= 0), other=0.0)
+        x = mma_v2(mean, q, x)
+    return x * (scale * LOG2_E)
+
+
+@gluon.jit
+def score_of(means, start, MMA: gl.constexpr):
+    """Of the rows of `score_means`, that of the segment of slot `start`: [N]."""
+    segment = gl.arange(0, SEGMENTS, layout=gl.SliceLayout(1, MMA))[:, None]
+    return gl.sum(gl.where(segment == start // MEAN_OF % SEGMENTS, means, 0.0), axis=0)
 
 
 @gluon.jit
 def warp_split_kernel(
-    q_ptr, q_scale_ptr, mean_score_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
+    q_ptr, q_scale_ptr, mean_ptr, cache_ptr, seq_lens_ptr, exact_from_ptr, bounds_ptr, mask_ptr,
     table_ptr, partial_ptr, log_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
     lens_stride, from_stride, bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n,
     v_rows_offset, k_scales_offset, v_scales_offset, rows, segments, q_len, max_len, splits, raw_q_ptr,
@@ -258,6 +285,16 @@ def warp_split_kernel(
     shared = (keys, values, k_scales, v_scales, signs)
     copy_keys(shared, ptrs, left, K_ROW, K_PLANE)
     copy_values(values, ptrs[1], left, V_ROW)
+    mean_score = gl.zeros([N], gl.float32, COLUMNS)
+    if HAS_MEAN:
+        mean_ptr += group * segments * K_DIM
+        raw_q_ptr += batch * q_stride_b + kv_head * HEADS * q_stride_h
+        new = q_len if HAS_NEW else 0
+        means = score_means(
+            raw_q_ptr, mean_ptr, first // (MEAN_OF * SEGMENTS), seq_len, new, run // splits * N, rows,
+            segments, q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
+        )  # fmt: skip
+        mean_score = score_of(means, first, MMA)
     if PDL:
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
 
@@ -279,10 +316,6 @@ def warp_split_kernel(
     for t in gl.static_range(codes_per_byte(K_BITS)):
         q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
     q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
-    means = (mean_score_ptr + group * segments * rows + row, rows, valid, 1.0 / q_scale)
-    mean_score = gl.zeros([N], gl.float32, COLUMNS)
-    if HAS_MEAN:
-        mean_score = gl.load(means[0] + first // MEAN_OF * rows, mask=valid, other=0.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
     if V_LO != K_LO:
@@ -303,10 +336,20 @@ def warp_split_kernel(
             ptrs = tile_pointers(page, offsets, slot, K_ROW, V_ROW)
         else:
             ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
-        acc, total, peak, largest, mean_score = attend_tile(
-            acc, total, peak, largest, mean_score, q, q_scale, means, tables, shared, ptrs, left, sees,
-            mask, here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
-            V_DIM, HAS_MASK, HAS_MEAN, MMA,
+        if HAS_MEAN and (start > first) & (start % MEAN_OF == 0):
+            if start % (MEAN_OF * SEGMENTS) == 0:
+                means = score_means(
+                    raw_q_ptr, mean_ptr, start // (MEAN_OF * SEGMENTS), seq_len, new, run // splits * N,
+                    rows, segments, q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
+                )  # fmt: skip
+            before = mean_score
+            mean_score = score_of(means, start, MMA)
+            if SOFTCAP == 0:  # rather than to each score it is added to none, and the peak moves
+                peak += (before - mean_score) / q_scale
+        acc, total, peak, largest = attend_tile(
+            acc, total, peak, largest, mean_score, q, q_scale, tables, shared, ptrs, left, sees, mask,
+            here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
+            V_DIM, HAS_MASK, MMA,
         )  # fmt: skip
     async_copy.wait_group(0)
     if PDL:
@@ -333,6 +376,7 @@ def takes(
     attn_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
     page: int,
+    beside: Beside,
 ) -> bool:
     """Whether this kernel attends for q `[B, H, q, D]`: without a mask, or with one over keys.
 
@@ -347,6 +391,7 @@ def takes(
         and (3, 64) not in ((fmt.k_bits, fmt.head_dim), (fmt.v_bits, fmt.v_head_dim))
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[2] * q.shape[1] // kv_heads <= MOST_ROWS
+        and (beside.k_mean is None or beside.k_mean.dtype == q.dtype)
         and q.is_cuda
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(q.device) >= (8, 9)  # has the conversion from fp8
@@ -355,7 +400,6 @@ def takes(
 
 def warp_split(
     queries: Queries,
-    mean_scores: torch.Tensor | None,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
     attn_mask: torch.Tensor | None,
@@ -390,7 +434,7 @@ def warp_split(
     if work.runs:
         grid = (kv_heads, batch, work.runs + splits * blocks)
     warp_split_kernel[grid](
-        q, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
+        q, factors, q if beside.k_mean is None else beside.k_mean, cache, seq_lens,
         seq_lens if exact_from is None else exact_from, q if bounds is None else bounds, mask, table[0],
         partial, logs, *table[1:], *cache.stride()[:2], seq_lens.expand(batch).stride(0),
         0 if exact_from is None else exact_from.expand(batch).stride(0),
@@ -399,7 +443,7 @@ def warp_split(
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
         V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
-        HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, HAS_MEAN=mean_scores is not None,
+        HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, HAS_MEAN=beside.k_mean is not None,
         SOFTCAP=softcap or 0.0, PAGE=tokens_of_page(cache, fmt, block_table), N=columns,
         SCALE_BUFFERS=1 + spare // (2 * TILE.value), num_warps=1, maxnreg=REGISTERS,
         **early_launch(q.device),
@@ -411,7 +455,6 @@ def attend_by_warps(
     out: torch.Tensor,
     q: torch.Tensor,
     queries: Queries,
-    mean_scores: torch.Tensor | None,
     work: ExactWork,
     cache: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -429,8 +472,7 @@ def attend_by_warps(
 ) -> None:
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given, for q `[B, H, q, D]`, which `queries` are rotated.
 
-    `mean_scores` are those of q and `work` is `exact_work`'s of it. `bounds` has a row for each row of the
-    batch and each query.
+    `work` is `exact_work`'s of q. `bounds` has a row for each row of the batch and each query.
     """
     heads, kv_heads, dv = q.shape[1], cache.shape[1], fmt.v_head_dim
     parts = work.parts
@@ -438,8 +480,8 @@ def attend_by_warps(
         visible = (attn_mask, bounds, max_len, scale, softcap)
         parts = attend_unpacked(q, None, beside, seq_lens, *visible, kv_heads, dv)
     partial, logs = warp_split(
-        queries, mean_scores, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len,
-        sm_count(out.device), work, beside, softcap, block_table,
+        queries, cache, seq_lens, attn_mask, bounds, q.shape[2], fmt, max_len, sm_count(out.device), work,
+        beside, softcap, block_table,
     )  # fmt: skip
     reduce_splits(
         out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, heads // kv_heads, max_len, lse,

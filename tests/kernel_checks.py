@@ -309,7 +309,7 @@ def check_exact(case: Case, device: str) -> None:
     visible = on(device, mask, None if bounds is None else bounds.expand(case.batch, case.q_len, -1))
     found = []
     with nan_filled_memory():
-        queries, scores = store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, table)
+        queries = store_and_rotate(cache, q, k, v, lens, *turns, fmt, scale, beside, table)
         rest = (*visible, case.max_len, scale, case.softcap, case.kv_heads, fmt.v_head_dim)
         found.append(attend_unpacked(q, None, beside, lens, *rest))
         overwritten = (beside.exact != before.exact.to(device)).any(-1, keepdim=True)
@@ -317,11 +317,11 @@ def check_exact(case: Case, device: str) -> None:
             exact=beside.exact.masked_fill(overwritten, float("nan")),
             exact_from=before.exact_from.to(device),
         )
-        if takes(q, fmt, case.kv_heads, *visible, tokens_of_page(cache, fmt, table)):
+        if takes(q, fmt, case.kv_heads, *visible, tokens_of_page(cache, fmt, table), beside):
             for kept, new in ((beside, None), (beside, (k, v)), (torn, (k, v))):
                 work = exact_work(q, case.kv_heads, fmt.v_head_dim, scale, kept, new)
                 of_cache = (*visible, case.q_len, fmt, case.max_len, 2, work, kept, case.softcap, table)
-                warp_split(queries, scores, cache, lens, *of_cache)
+                warp_split(queries, cache, lens, *of_cache)
                 found.append(work.parts)
     stored, lens, table = moved(before, "cpu"), lens.cpu(), block_table(case, "cpu")
     cache, turns = cache.cpu(), rotations(case, "cpu")

@@ -87,9 +87,9 @@ def record_launches() -> list[tuple]:
                 work = exact_work(q_rows, 2, dim, 0.1, beside, (new, new))
                 rows = rotate_queries(q_rows, rotation, 2, 0.1)
                 turns = (rotation, rotation)
-                scores = store_and_rotate(cache, q_rows, new, new, lens, *turns, *last, table)[1]
+                store_and_rotate(cache, q_rows, new, new, lens, *turns, *last, table)
                 rest = (None, fmt, 4096, *last[1:], cap, table)
-                attend_by_warps(q_rows, q_rows, rows, scores, work, cache, lens, rotation, *visible, *rest)
+                attend_by_warps(q_rows, q_rows, rows, work, cache, lens, rotation, *visible, *rest)
         for name, dim, v_dim in (("k4v4", 128, 128), ("k4v3", 64, 128), ("k8v8", 128, 64)):
             case = Case(name, dim, v_dim, lens=(4096, 64), max_len=4096, exact=(4, 32))
             new_k, new_v = (torch.zeros(2, 2, 64, d, dtype=BF16) for d in (dim, v_dim))
