@@ -90,6 +90,7 @@ def prepare_kernel(
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
     segments, q_ptr, out_ptr, scale_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, rows, scale,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    K_LO: tl.constexpr, K_HI: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -105,8 +106,8 @@ def prepare_kernel(
             exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h,
             k_stride_b, k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d,
             lens_stride, from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads,
-            new, capacity, segments, HAS_MEAN, HAS_EXACT, SINKS, RECENT, K_BITS, V_BITS, K_MAGNITUDES,
-            V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE, BLOCK, BLOCK_K,
+            new, capacity, segments, HAS_MEAN, HAS_EXACT, SINKS, RECENT, K_LO, K_HI, K_BITS, V_BITS,
+            K_MAGNITUDES, V_MAGNITUDES, K_UNIT, V_UNIT, K_DIM, V_DIM, GROUP, PAGE, BLOCK, BLOCK_K,
         )  # fmt: skip
     else:
         rotate_block(

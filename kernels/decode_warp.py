@@ -31,9 +31,10 @@ from .decode_reduce import reduce_splits
 from .exact import TRANSPOSE, ExactWork, attend_to_exact
 from .pages import table_arguments, tokens_of_page
 from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
-from .segments import MEAN_OF, mean_source
+from .segments import MEAN_OF
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
+from .warp_means import SEGMENTS, score_means, score_of
 from .warp_share import REGISTERS, share
 from .warp_tiles import (
     copy_keys,
@@ -53,7 +54,6 @@ from .warp_tiles import (
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 WEIGHT_BITS = gl.constexpr(15.0)
-SEGMENTS = gl.constexpr(16)  # rows of a product: so many means are scored at once
 
 # `$1`, in a register: lane masks below and above never meet, but the assembler does not know, and so
 # does not keep the value in a uniform register, from which it would be copied before every lookup.
@@ -148,40 +148,6 @@ def attend_tile(
             new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
     copy_values(shared[1], ptrs[1], left, V_ROW)
     return new_acc, total, peak, largest
-
-
-@gluon.jit
-def score_means(
-    q_ptr, mean_ptr, block, seq_len, new, first_row, rows, segments, stride_h, stride_t, stride_d, scale,
-    DIM: gl.constexpr, HEADS: gl.constexpr, N: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """Scores in base 2 of the means of `SEGMENTS` segments, block `block` of a row: [SEGMENTS, N].
-
-    As a store of the last `new` tokens leaves them, though it may not be done.
-    """
-    FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    segment = block * SEGMENTS + gl.arange(0, SEGMENTS, layout=gl.SliceLayout(1, FIRST))
-    source = mean_source(segment * MEAN_OF, seq_len - new, new)[1]
-    known = (segment * MEAN_OF < seq_len) & (segment < segments) & (source >= 0)
-    dim = gl.arange(0, 16, layout=gl.SliceLayout(0, FIRST))[None, :]
-    mean_ptrs = mean_ptr + (source[:, None] * DIM + dim)
-    row = first_row + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))
-    q_dim = gl.arange(0, 16, layout=gl.SliceLayout(1, SECOND))[:, None]
-    q_ptrs = q_ptr + (row % HEADS * stride_h + row // HEADS * stride_t)[None, :] + q_dim * stride_d
-    x = gl.zeros([SEGMENTS, N], gl.float32, MMA)
-    for i in gl.static_range(DIM // 16):
-        mean = gl.load(mean_ptrs + 16 * i, mask=known[:, None] & (dim >= 0), other=0.0)
-        q = gl.load(q_ptrs + 16 * i * stride_d, mask=(row < rows)[None, :] & (q_dim >= 0), other=0.0)
-        x = mma_v2(mean, q, x)
-    return x * (scale * LOG2_E)
-
-
-@gluon.jit
-def score_of(means, start, MMA: gl.constexpr):
-    """Of the rows of `score_means`, that of the segment of slot `start`: [N]."""
-    segment = gl.arange(0, SEGMENTS, layout=gl.SliceLayout(1, MMA))[:, None]
-    return gl.sum(gl.where(segment == start // MEAN_OF % SEGMENTS, means, 0.0), axis=0)
 
 
 @gluon.jit
@@ -289,10 +255,9 @@ def warp_split_kernel(
     if HAS_MEAN:
         mean_ptr += group * segments * K_DIM
         raw_q_ptr += batch * q_stride_b + kv_head * HEADS * q_stride_h
-        new = q_len if HAS_NEW else 0
         means = score_means(
-            raw_q_ptr, mean_ptr, first // (MEAN_OF * SEGMENTS), seq_len, new, run // splits * N, rows,
-            segments, q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
+            raw_q_ptr, mean_ptr, first // (MEAN_OF * SEGMENTS), first, end, run // splits * N, rows,
+            q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
         )  # fmt: skip
         mean_score = score_of(means, first, MMA)
     if PDL:
@@ -339,8 +304,8 @@ def warp_split_kernel(
         if HAS_MEAN and (start > first) & (start % MEAN_OF == 0):
             if start % (MEAN_OF * SEGMENTS) == 0:
                 means = score_means(
-                    raw_q_ptr, mean_ptr, start // (MEAN_OF * SEGMENTS), seq_len, new, run // splits * N,
-                    rows, segments, q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
+                    raw_q_ptr, mean_ptr, start // (MEAN_OF * SEGMENTS), first, end, run // splits * N,
+                    rows, q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
                 )  # fmt: skip
             before = mean_score
             mean_score = score_of(means, start, MMA)
@@ -370,14 +335,9 @@ def warp_split_kernel(
 
 
 def takes(
-    q: torch.Tensor,
-    fmt: KVFormat,
-    kv_heads: int,
-    attn_mask: torch.Tensor | None,
-    bounds: torch.Tensor | None,
-    page: int,
-    beside: Beside,
-) -> bool:
+    q: torch.Tensor, fmt: KVFormat, kv_heads: int, attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None, page: int, beside: Beside,
+) -> bool:  # fmt: skip
     """Whether this kernel attends for q `[B, H, q, D]`: without a mask, or with one over keys.
 
     Over pages of `page` tokens; 0: no pages.

@@ -1,8 +1,9 @@
-"""The means of keys that a prompt's chunk sets, before it is stored: `beside` says which.
+"""The means of keys, each of a segment of positions: `beside` says which is taken from what.
 
-A program takes the mean of one segment, or copies that of the segment before. A chunk that `store` takes by
-itself (a few tokens) sets its mean there.
-Bytes: reads up to `MEAN_SAMPLES` keys of every `SEGMENT`, which a prompt's store reads again.
+Those that a prompt's chunk sets have a kernel that runs before the chunk is stored: a program takes the
+mean of one segment, or copies that of the segment before. A few tokens seldom start a segment, which only
+the device knows: the kernel that stores them then takes its mean from stored keys (`find_means`).
+Bytes: up to `MEAN_SAMPLES` keys of every `SEGMENT`, which a prompt's store reads again.
 """
 
 import torch
@@ -10,11 +11,89 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from ..beside import DECODE_TOKENS, LEAST_MEAN_TOKENS, MEAN_SAMPLES, SEGMENT, Beside
-from .bits import early_launch
-from .segments import MEAN_OF
+from ..beside import DECODE_TOKENS, LEAST_MEAN_TOKENS, MEAN_SAMPLES, SEGMENT, STRIDE, Beside
+from .bits import FP16_UNIT, early_launch, hadamard, load_centroids
+from .pages import find_tokens
+from .segments import FEW, MEAN_OF
 
 SAMPLES, LEAST = tl.constexpr(MEAN_SAMPLES), tl.constexpr(LEAST_MEAN_TOKENS)
+STORED = tl.constexpr((SEGMENT - DECODE_TOKENS) // STRIDE)  # tokens that are read of a stored segment
+APART = tl.constexpr(STRIDE)
+
+
+@triton.jit
+def mean_of_codes(
+    cache_ptr, k_scales_offset, where, batch, head, first, wanted, dims, BITS: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Coordinates `dims`, rotated, of the mean [vectors, dims] of the segments from `first` [vectors].
+
+    Of `wanted` ones; tokens without a page are left out, values that are not finite count as 0.
+    """
+    VECTORS: tl.constexpr = wanted.shape[0]
+    TOGETHER: tl.constexpr = 16 // VECTORS
+    table_ptr, table_stride, cache_stride_b, cache_stride_h = where
+    total = tl.zeros([VECTORS, dims.shape[0]], tl.float32)
+    count = tl.zeros([VECTORS], tl.int32)
+    for start in range(0, STORED, TOGETHER):
+        sample = start + tl.arange(0, TOGETHER)[None, :]
+        position = first[:, None] + sample * APART
+        known = wanted[:, None] & (sample < STORED)
+        page, slot = batch[:, None] + 0 * position, position
+        if PAGE > 0:
+            page, slot = find_tokens(table_ptr[:, None], table_stride, position, known, PAGE)
+            known &= page >= 0
+        page_ptr = cache_ptr + (page * cache_stride_b + head[:, None] * cache_stride_h)
+        scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
+        scale = tl.load(scale_ptr, mask=known, other=0.0).to(tl.float32) * FP16_UNIT
+        row_ptr = page_ptr + slot * (DIM * BITS // 8)
+        mask = known[:, :, None] & (dims < DIM)[None, None, :]
+        x = load_centroids(row_ptr[:, :, None], dims[None, None, :], mask, BITS, DIM, LO, HI, 1)
+        x = x.to(tl.float32) * scale[:, :, None]
+        total += tl.sum(tl.where(tl.abs(x) < float("inf"), x, 0.0), axis=1)
+        count += tl.sum(known.to(tl.int32), axis=1)
+    return total / tl.maximum(count, 1)[:, None]
+
+
+@triton.jit
+def find_means(
+    mean_ptr, cache_ptr, k_scales_offset, where, rotation_ptr, batch, head, row, position, start, new,
+    segments, inside, BITS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, DIM: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Where the means of the segments of vectors at `position` [vectors] are, of a store of `new` tokens.
+
+    Sets those that it starts, if it is of few. Programs that store tokens of the same one set the same.
+    """
+    segment = tl.minimum(tl.maximum(position, 0) // MEAN_OF, segments - 1)
+    ptrs = mean_ptr + (row * segments + segment) * DIM
+    starts = inside & (segment * MEAN_OF >= start) & (new <= FEW)
+    if tl.max(starts.to(tl.int32), axis=0) > 0:
+        dims = tl.arange(0, triton.next_power_of_2(DIM))
+        known = starts & (segment > 0)
+        first = (segment - 1) * MEAN_OF
+        if dims.shape[0] == DIM:  # the rotation is its first column times the Hadamard matrix
+            y = mean_of_codes(
+                cache_ptr, k_scales_offset, where, batch, head, first, known, dims, BITS, LO, HI, DIM, PAGE
+            )
+            mean = hadamard(y) * tl.load(rotation_ptr + dims * DIM)[None, :]
+        else:
+            mean = tl.zeros([position.shape[0], dims.shape[0]], tl.float32)
+            for at in range(0, DIM, BLOCK_K):
+                columns = at + tl.arange(0, BLOCK_K)
+                y = mean_of_codes(
+                    cache_ptr, k_scales_offset, where, batch, head, first, known, columns, BITS, LO, HI,
+                    DIM, PAGE,
+                )  # fmt: skip
+                ptr = rotation_ptr + dims[None, :] * DIM + columns[:, None]
+                mask = (dims < DIM)[None, :] & (columns < DIM)[:, None]
+                mean = tl.dot(y, tl.load(ptr, mask=mask, other=0.0), mean, input_precision="ieee")
+        mask = (dims < DIM)[None, :]
+        mean += tl.load((ptrs - DIM)[:, None] + dims[None, :], mask=mask & known[:, None], other=0.0)
+        mean = tl.where(known[:, None], mean, 0.0).to(mean_ptr.dtype.element_ty)
+        tl.store(ptrs[:, None] + dims[None, :], mean, mask=mask & starts[:, None])
+        tl.debug_barrier()  # they are read again
+    return ptrs
 
 
 @triton.jit

@@ -19,10 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..beside import NOTHING, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
-from .bits import TINY, early_launch, encode, hadamard, quantiser
-from .key_means import take_means
+from .bits import TINY, early_launch, encode, hadamard, magnitude_words, quantiser
+from .key_means import find_means, take_means
 from .pages import table_arguments, tokens_of_page
-from .segments import MEAN_OF, mean_source
 from .slots import locate_exact, locate_vectors
 from .store_prompt import store_prompt, takes
 
@@ -47,14 +46,13 @@ def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, 
 
 @triton.jit
 def store_vectors(
-    x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept, has_mean,
+    x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, BITS: tl.constexpr, MAGNITUDES: tl.constexpr,
     UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Quantise vectors at `x_ptr` [vectors] into rows at `row_ptr` and scales at `scale_ptr`.
 
-    Less the means at `mean_ptr` [vectors], for those that `has_mean` says. Those that are `kept` are copied
-    to `exact_ptr` [vectors] too.
+    Less the means at `mean_ptr` [vectors]. Those that are `kept` are copied to `exact_ptr` [vectors] too.
     """
     VECTORS: tl.constexpr = valid.shape[0]
     EIGHTH: tl.constexpr = DIM // 8
@@ -67,7 +65,6 @@ def store_vectors(
         tl.store(exact_ptr[:, None] + dims[None, :], copy, mask=kept[:, None] & (dims < DIM)[None, :])
     x = x.to(tl.float32)
     if HAS_MEAN:
-        mask &= has_mean[:, None]
         x -= tl.load(mean_ptr[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), axis=1)  # [vectors]
     # A power of two: dividing by it is exact, and neither it nor its inverse overflows.
@@ -88,7 +85,6 @@ def store_vectors(
             chunk = tl.load(x_ptr[:, None] + rows[None, :] * stride_d, mask=known, other=0.0)
             chunk = chunk.to(tl.float32)
             if HAS_MEAN:
-                known &= has_mean[:, None]
                 chunk -= tl.load(mean_ptr[:, None] + rows[None, :], mask=known, other=0.0).to(tl.float32)
             chunk *= inverse[:, None]  # [vectors, BLOCK_K]
             inside = (rows < DIM)[:, None] & (place < EIGHTH)[None, :]
@@ -118,30 +114,13 @@ def store_vectors(
 
 
 @triton.jit
-def find_means(
-    mean_ptr, row, position, start, new, segments, exists, inside, DIM: tl.constexpr
-):  # fmt: skip
-    """(The means of these vectors' segments, which have one); sets those that a few tokens start."""
-    segment, source = mean_source(tl.maximum(position, 0), start, new)
-    first_ptr = mean_ptr + row * segments * DIM
-    source_ptr = first_ptr + tl.minimum(source, segments - 1) * DIM
-    has_mean = exists & (source >= 0)
-    dims = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
-    sets = inside & (segment > source) & (position == segment * MEAN_OF)
-    if tl.max(sets.to(tl.int32), axis=0) > 0:
-        mask = sets[:, None] & (dims < DIM)
-        mean = tl.load(source_ptr[:, None] + dims, mask=mask & has_mean[:, None], other=0.0)
-        tl.store((first_ptr + segment * DIM)[:, None] + dims, mean, mask=mask)
-    return source_ptr, has_mean
-
-
-@triton.jit
 def store_kernel(
     cache_ptr, k_ptr, v_ptr, seq_lens_ptr, k_rotation_ptr, v_rotation_ptr, mean_ptr, exact_ptr,
     exact_from_ptr, table_ptr, table_stride_b, table_stride_n, cache_stride_b, cache_stride_h, k_stride_b,
     k_stride_h, k_stride_t, k_stride_d, v_stride_b, v_stride_h, v_stride_t, v_stride_d, lens_stride,
     from_stride, v_rows_offset, k_scales_offset, v_scales_offset, vectors, kv_heads, new, capacity,
     segments, HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    K_LO: tl.constexpr, K_HI: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_MAGNITUDES: tl.constexpr,
     V_MAGNITUDES: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, K_DIM: tl.constexpr,
     V_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -163,14 +142,16 @@ def store_kernel(
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
         row_ptr = page_ptr + slot * (K_DIM * K_BITS // 8)
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
-        mean_ptrs, has_mean = mean_ptr, exists
+        mean_ptrs = mean_ptr
         if HAS_MEAN:
-            mean_ptrs, has_mean = find_means(
-                mean_ptr, row, position, position - token, new, segments, exists, inside, K_DIM
-            )
+            where = (table_ptr + batch * table_stride_b, table_stride_n, cache_stride_b, cache_stride_h)
+            mean_ptrs = find_means(
+                mean_ptr, cache_ptr, k_scales_offset, where, k_rotation_ptr, batch, head, row, position,
+                position - token, new, segments, inside, K_BITS, K_LO, K_HI, K_DIM, PAGE, BLOCK_K,
+            )  # fmt: skip
         store_vectors(
             x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists, valid,
-            kept, has_mean, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
+            kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
@@ -178,7 +159,7 @@ def store_kernel(
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
         store_vectors(
             x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
-            exact_ptr + K_DIM, exists, valid, kept, exists, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT,
+            exact_ptr + K_DIM, exists, valid, kept, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT,
             V_DIM, GROUP, BLOCK_K,
         )  # fmt: skip
 
@@ -292,6 +273,7 @@ def store_arguments(
         0 if exact_from is None else exact_from.expand(batch).stride(0), *offsets, vectors, kv_heads, new,
         page_size * (1 if block_table is None else block_table.shape[1]), beside.segments,
     )  # fmt: skip
+    k_lo, k_hi = magnitude_words(fmt.k_bits)
     k_magnitudes, k_unit = quantiser(fmt.k_bits)
     v_magnitudes, v_unit = quantiser(fmt.v_bits)
     dims = (fmt.head_dim, fmt.v_head_dim)
@@ -300,7 +282,7 @@ def store_arguments(
         block = WARP_VECTORS if vectors > FEW_VECTORS else 1
     constants = dict(
         HAS_MEAN=k_mean is not None, HAS_EXACT=exact is not None, SINKS=sink_tokens,
-        RECENT=beside.recent_tokens,
+        RECENT=beside.recent_tokens, K_LO=k_lo, K_HI=k_hi,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_MAGNITUDES=k_magnitudes,
         V_MAGNITUDES=v_magnitudes, K_UNIT=k_unit, V_UNIT=v_unit, K_DIM=fmt.head_dim,
         V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT, PAGE=tokens_of_page(cache, fmt, block_table),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tq_inductor import PackedKVCache
-from tq_inductor.beside import LEAST_MEAN_TOKENS, SEGMENT
+from tq_inductor.beside import DECODE_TOKENS, LEAST_MEAN_TOKENS, SEGMENT, STRIDE
 from tq_inductor.cache_layers import AnnouncedLength, TurboQuantLayer
 from tq_inductor.storage import PackedStorage
 
@@ -135,19 +135,20 @@ def test_a_chunk_sets_the_means_of_the_segments_that_it_starts():
     assert error_of(means_of((60,), k, v)[0], k[:, :, :60]) < 0.1 * error_of(plain, k[:, :, :60])
 
 
-def test_a_few_tokens_take_over_the_mean_of_the_segment_before():
+def test_a_few_tokens_take_the_mean_of_the_segment_before():
     k, v = shifted(600)
-    cache, means = means_of((250, *(3,) * 10), k, v)
-    assert torch.equal(means[:, :, 1], means[:, :, 0])
+    k[:, :, 30:] += 5
+    cache, means = means_of((30, *(3,) * 90), k, v)
+    stored = PackedStorage.read(cache, 300)[0][:, :, : SEGMENT - DECODE_TOKENS : STRIDE]
+    assert torch.allclose(means[:, :, 1], stored.mean(2), atol=1e-4)
     assert not means[:, :, 2].any()
-    other, _ = means_of((250, 16, *(1,) * 14), k, v)
+    other, _ = means_of((30, 14, 16, *(12,) * 20), k, v)
     assert torch.equal(cache.packed, other.packed)  # at once or one by one: the same bytes
     cache.reset()
     keys, _ = cache.update(k[:, :, :3], v[:, :, :3])  # a row starts again, with too few
     assert not cache.k_mean[:, :, 0].any()
-    assert torch.equal(
-        keys[:, :, :3], means_of((3,), k, v)[0].update(k[:, :, :0], v[:, :, :0])[0][:, :, :3]
-    )
+    fresh, _ = means_of((3,), k, v)
+    assert torch.equal(keys, PackedStorage.read(fresh, keys.shape[2])[0])
 
 
 def test_means_turn_with_the_keys():
@@ -155,13 +156,13 @@ def test_means_turn_with_the_keys():
     k, v = shifted(700)
     angle = torch.linspace(0, torch.pi, 700)[:, None]
     k[..., :2] += 40 * torch.cat((angle.cos(), angle.sin()), -1) - 40
-    cache, means = means_of((700,), k, v)
-    one, _ = means_of((700,), k, v)
-    one.k_mean[:] = means[:, :, :1]
-    one.seq_length.zero_()
-    for start in range(0, 700, 14):  # few at a time take over the first mean
-        one.update(*(x[:, :, start : start + 14] for x in (k, v)))
-    assert error_of(cache, k) < 0.1 * error_of(one, k)
+    mean = k[:, :, :SEGMENT].mean(2, keepdim=True)
+    frozen = PackedKVCache(2, 2, 64, 700, dtype=torch.float32, device="cpu")
+    frozen.k_mean = None
+    frozen.append(k - mean, v)
+    frozen_error = (frozen.read(700)[0] + mean - k).square().sum() / k.square().sum()
+    for chunks in ((700,), (100, *(8,) * 75), (300, 400)):
+        assert error_of(means_of(chunks, k, v)[0], k) < 0.1 * frozen_error
 
 
 def test_a_first_chunk_with_values_that_are_not_finite_does_not_spread_them():

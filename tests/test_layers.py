@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "kernels.pages": ["format"],
     "kernels.slots": ["kernels.pages"],
     "kernels.segments": ["beside"],
-    "kernels.key_means": ["kernels.bits", "kernels.segments", "beside"],
+    "kernels.key_means": ["kernels.bits", "kernels.pages", "kernels.segments", "beside"],
     "kernels.mean_scores": ["kernels.scores", "kernels.segments"],
     "kernels.store": [
         *("kernels.bits", "kernels.key_means", "kernels.pages", "kernels.segments", "kernels.slots"),
@@ -65,8 +65,10 @@ MAY_IMPORT = {
             "kernels.unpacked",
             "kernels.warp_hadamard",
         ),
-        *("kernels.warp_hadamard", "kernels.warp_share", "kernels.warp_tiles", "beside", "format"),
+        *("kernels.warp_hadamard", "kernels.warp_means", "kernels.warp_share", "kernels.warp_tiles"),
+        *("beside", "format"),
     ],
+    "kernels.warp_means": ["kernels.scores", "kernels.segments"],
     "kernels.warp_share": [],
     "kernels.centroids": ["kernels.bits"],
     "kernels.dequantize": [

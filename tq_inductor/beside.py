@@ -10,10 +10,13 @@ A store sets the means of the segments whose first position is among its tokens,
 
 - a chunk of more than `DECODE_TOKENS` tokens, of which the segment has at least `LEAST_MEAN_TOKENS`: their
   mean, from up to `MEAN_SAMPLES` of them, evenly spread;
-- else the mean of the segment before, zero for the first.
+- a chunk with fewer of the segment's tokens: the mean of the segment before;
+- at most `DECODE_TOKENS` tokens: the mean of what the segment before decodes to, by every `STRIDE`-th of
+  its first `SEGMENT - DECODE_TOKENS` tokens, which are there whichever of these tokens come together; zero
+  for the first segment.
 
 So all tokens of a segment are coded less the same mean, however they came and were taken back; and checking
-tokens at once in speculative decoding stores the same bytes as decoding them one by one.
+tokens at once in speculative decoding stores what decoding them one by one does.
 
 **Exact tokens**: copies of the first `sink_tokens` tokens, on which attention often leans, and of the last
 `recent_tokens`, at which it looks most. Every token is packed too, so that taking tokens back loses none.
@@ -42,6 +45,7 @@ import torch
 
 SEGMENT = 256  # positions of one mean: at 4 bits and D = 128 it adds 0.8% to the bytes
 MEAN_SAMPLES = 64  # keys at most that a mean is taken from: more would be read for little
+STRIDE = 4  # between the tokens that the mean of a segment is taken from once they are stored
 LEAST_MEAN_TOKENS = 16  # a mean of fewer may add more error than it removes
 # A chunk of at most as many attends to what its own codes decode to: decoding token by token, and checking
 # the same tokens at once in speculative decoding, then see the same keys and values.

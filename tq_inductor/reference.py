@@ -75,7 +75,15 @@ def store(
         views["v_rows"][pages, :, slots] = new_v.to(fmt.dtype)
         return
     if beside.k_mean is not None:
-        take_means(beside.k_mean, k, seq_lens)
+
+        def decoded(row: int, tokens: torch.Tensor) -> torch.Tensor:
+            page, slot = place(torch.full_like(tokens, row), tokens, block_table, page_size)
+            page, slot = page[page >= 0], slot[page >= 0]
+            codes = unpack(views["k_rows"][page, :, slot], fmt.k_bits)
+            scales = views["k_scales"][page, :, slot]
+            return decode_vectors(codes, scales, fmt.k_bits, k_rotation).transpose(0, 1)
+
+        take_means(beside.k_mean, k, seq_lens, decoded)
         mean = beside.k_mean[rows, :, positions // SEGMENT][has_page]
         new_k = new_k.to(torch.float32) - mean.to(torch.float32)
     codes, scales = encode_vectors(new_k, fmt.k_bits, k_rotation)

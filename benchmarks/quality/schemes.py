@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tq_inductor import PackedKVCache
-from tq_inductor.beside import DECODE_TOKENS
+from tq_inductor.beside import DECODE_TOKENS, SEGMENT
 
 from .codes import CODES, Code
 
@@ -59,7 +59,11 @@ class Scheme:
     def bytes_per_token(self, head_dim: int, layers: int) -> float:
         """Bytes per token and KV head, mean over layers; sinks, window and frames do not grow with it."""
         used = [self.in_layer(i, layers) for i in range(layers)]
-        return sum(CODES[s.k].bytes_of(head_dim) + CODES[s.v].bytes_of(head_dim) for s in used) / layers
+        means = 2 * head_dim / SEGMENT if self.cache else 0
+        return (
+            means
+            + sum(CODES[s.k].bytes_of(head_dim) + CODES[s.v].bytes_of(head_dim) for s in used) / layers
+        )
 
 
 def in_frame(
