@@ -1,6 +1,7 @@
-"""The scores of the means of keys for `decode_warp`: a warp scores those of the segments that it attends to.
+"""The scores of the means of keys for `decode_warp`: a warp scores those of the segments that it sees.
 
-For 16 segments by one product, from the query rows as they came: before the launch that rotates them is done.
+For 16 segments by one product, and from the query rows as they came, so before the launch that rotates them
+is done.
 Bytes: a mean for each segment of a run, which is at most 0.8% of what is read.
 """
 
