@@ -60,10 +60,8 @@ class Scheme:
         """Bytes per token and KV head, mean over layers; sinks, window and frames do not grow with it."""
         used = [self.in_layer(i, layers) for i in range(layers)]
         means = 2 * head_dim / SEGMENT if self.cache else 0
-        return (
-            means
-            + sum(CODES[s.k].bytes_of(head_dim) + CODES[s.v].bytes_of(head_dim) for s in used) / layers
-        )
+        codes = sum(CODES[s.k].bytes_of(head_dim) + CODES[s.v].bytes_of(head_dim) for s in used)
+        return codes / layers + means
 
 
 def in_frame(
