@@ -31,7 +31,7 @@ def mean_of_codes(
     Of `wanted` ones; tokens without a page are left out, values that are not finite count as 0.
     """
     VECTORS: tl.constexpr = wanted.shape[0]
-    TOGETHER: tl.constexpr = 16 // VECTORS
+    TOGETHER: tl.constexpr = 4 if VECTORS == 1 else 1  # few registers: the branch is seldom taken
     table_ptr, table_stride, cache_stride_b, cache_stride_h = where
     total = tl.zeros([VECTORS, dims.shape[0]], tl.float32)
     count = tl.zeros([VECTORS], tl.int32)
