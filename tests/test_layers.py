@@ -104,7 +104,7 @@ MAY_IMPORT = {
     "kernels.decode": ["kernels.*", "beside", "codebook", "format", "results"],
     "kernels.*": ["kernels.bits", "kernels.pages", "beside", "codebook", "format"],
     "foreign_kv": [],
-    "op_checks": ["errors", "format"],
+    "op_checks": ["beside", "errors", "format"],
     "results": [],
     "packed_ops": ["beside", "format", "op_checks", "results"],
     "attention_ops": ["attention.*", "foreign_kv", "op_checks", "results"],

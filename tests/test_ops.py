@@ -50,6 +50,18 @@ def beside_arguments(device, head_dims=32, seq_lens=()):
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 16), (2, 2, 0, 16), (2, 2, 1, 8), (1, 2, 1, 16)])
+def test_means_of_another_shape_are_refused_before_anything_is_written(shape):
+    cache, kv, tail = cache_arguments("k4v4", "cpu")
+    for call in (
+        lambda mean: ops.tq_store(cache, *kv, *tail, "k4v4", mean),
+        lambda mean: ops.tq_dequantize(cache, *tail, "k4v4", MAX_LEN, torch.float32, mean),
+    ):
+        with pytest.raises(ValueError, match="at least 1 segments of 256 tokens, 16"):
+            call(torch.zeros(shape))
+    assert not cache.any()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_with_what_lies_beside(device):
     cache, kv, tail = cache_arguments("k4v4", device)

@@ -105,6 +105,23 @@ def test_bytes():
     assert ends.bytes_per_token(64, 7) == pytest.approx((5 * 36 + 2 * 132) / 7)
 
 
+@pytest.mark.parametrize("kind", synthetic.KINDS, ids=lambda kind: kind.name)
+def test_a_cache_is_never_worse_than_vllms_scheme_at_as_many_bits(kind):
+    data = synthetic.draw(kind)
+    reference = synthetic.attention(data.q, data.k)
+    named = {scheme.name: scheme for scheme in lists.SYNTHETIC}
+    for ours, theirs in (
+        ("TurboQuantCache k8v4", "vLLM k8v4"),
+        ("TurboQuantCache k4v4", "vLLM 4bit_nc"),
+        ("TurboQuantCache k3v3", "vLLM 3bit_nc"),
+    ):
+        kl = []
+        for scheme in (named[ours], named[theirs]):
+            values = CODES[scheme.v].round_trip(data.v)
+            kl.append(synthetic.figures(scheme, data, reference, values)["kl_nats"])
+        assert kl[0] <= kl[1], f"{ours}: {kl[0]:.3g} where {theirs} has {kl[1]:.3g}"
+
+
 def test_kl_of_equal_distributions_is_zero_and_of_others_known():
     log_p = torch.randn(5, 9).log_softmax(-1)
     assert metrics.kl_divergence(log_p, log_p).abs().max() == 0

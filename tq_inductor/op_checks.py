@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .beside import SEGMENT
 from .errors import CacheMismatchError
 from .format import KVFormat
 
@@ -49,6 +50,25 @@ def check_append(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fmt: KVF
                 f"{name} has shape {list(x.shape)}: needs [{rows}, {cache.shape[1]}, new tokens (as many "
                 f"in k as in v), {size}]. Nothing was written."
             )
+
+
+def check_means(
+    k_mean: torch.Tensor | None, batch: int, kv_heads: int, head_dim: int, max_len: int = 0
+) -> None:
+    """Means of keys are `[batch, KV heads, segments, D]`, contiguous, with segments for `max_len` tokens.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if k_mean is None:
+        return
+    segments = max(1, -(-max_len // SEGMENT))
+    shape = (batch, kv_heads, max(segments, k_mean.shape[2] if k_mean.dim() == 4 else 0), head_dim)
+    if k_mean.shape != shape or not k_mean.is_contiguous():
+        raise ValueError(
+            f"k_mean is {list(k_mean.shape)}, contiguous={k_mean.is_contiguous()}: needs "
+            f"[{batch}, {kv_heads}, at least {segments} segments of {SEGMENT} tokens, {head_dim}], and that"
+        )
 
 
 def check_block_table(

@@ -10,7 +10,7 @@ import torch
 
 from .beside import Beside, Chunk
 from .format import KVFormat
-from .op_checks import check_append, check_block_table, check_softcap
+from .op_checks import check_append, check_block_table, check_means, check_softcap
 from .results import as_result, empty_result
 
 _CACHE_ARGS = "Tensor seq_lens, Tensor k_rotation, Tensor v_rotation"
@@ -43,6 +43,7 @@ def _tq_store(
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     check_append(cache, k, v, fmt, block_table is not None)
     check_block_table(block_table, cache, fmt, k.shape[0])
+    check_means(k_mean, k.shape[0], k.shape[1], fmt.head_dim)
     if cache.is_cuda:
         from .kernels.store import store
     else:
@@ -74,6 +75,8 @@ def _tq_dequantize(
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     if block_table is not None:
         check_block_table(block_table, cache, fmt, block_table.shape[0], max_len)
+    batch = (cache if block_table is None else block_table).shape[0]
+    check_means(k_mean, batch, cache.shape[1], fmt.head_dim, max_len)
     if cache.is_cuda:
         from .kernels.dequantize import dequantize
     else:
@@ -130,6 +133,7 @@ def _tq_decode(
     check_softcap(softcap)
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     check_block_table(block_table, cache, fmt, q.shape[0], max_len)
+    check_means(k_mean, q.shape[0], cache.shape[1], fmt.head_dim, max_len)
     if cache.is_cuda:
         from .kernels.decode import decode
     else:
@@ -192,6 +196,7 @@ def _tq_append_attend(
     fmt = KVFormat(kv_format, k_rotation.shape[0], v_rotation.shape[0])
     check_append(cache, k, v, fmt, block_table is not None)
     check_block_table(block_table, cache, fmt, q.shape[0], max_len)
+    check_means(k_mean, q.shape[0], cache.shape[1], fmt.head_dim, max_len)
     if cache.is_cuda:
         from .kernels.append import append_and_attend
 
