@@ -264,12 +264,11 @@ def decode(
         unpacked = (attn_mask, bounds, max_len, scale, softcap, cache.shape[1], fmt.v_head_dim)
         parts = attend_unpacked(q, own, beside, seq_lens, *unpacked)
         own_tokens = 0 if own is None else own[0].shape[2]
-        scores = mean_scores(q, beside.k_mean, seq_lens, scale)
         if takes_prefix(q, fmt, page):
             queries = rotate_queries(q, k_rotation, cache.shape[1], scale)
             last = (*visible, fmt, beside, own_tokens, parts)
             attend_by = attend_by_pieces if takes_pieces(q, cache.shape[1]) else attend_to_prefix
-            attend_by(out, q, queries, scores, cache, seq_lens, v_rotation, *last)
+            attend_by(out, q, queries, cache, seq_lens, v_rotation, *last)
         elif fmt.is_lossless:
             k = views[0].view(fmt.dtype).unflatten(-1, (-1, fmt.head_dim))
             v = views[1].view(fmt.dtype).unflatten(-1, (-1, fmt.v_head_dim))
@@ -278,9 +277,9 @@ def decode(
         else:
             k, v = (x[:, :, None] for x in views[:2])  # the rows are found in the kernel
             scales = (views[2].view(torch.bfloat16), views[3].view(torch.bfloat16))
-            rotated = rotate(q, k_rotation)
+            rotated, means = rotate(q, k_rotation), mean_scores(q, beside.k_mean, seq_lens, scale)
             last = (*where, *visible, beside, own_tokens, parts)
-            _launch(out, rotated, scores, k, v, fmt, scales, seq_lens, v_rotation, *last)
+            _launch(out, rotated, means, k, v, fmt, scales, seq_lens, v_rotation, *last)
     return out
 
 

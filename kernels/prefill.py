@@ -21,6 +21,7 @@ from .centroids import asm_for, centroids, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
+from .mean_scores import mean_scores
 from .scores import NO_MASK, has_whole, hide, mask_arguments, soften, squash, visible_slots
 from .segments import MEAN_OF
 
@@ -201,18 +202,18 @@ def empty_partials(queries: torch.Tensor, splits: int, v_dim: int) -> tuple[torc
 
 
 def attend_to_prefix(
-    out: torch.Tensor, q: torch.Tensor, rotated: Queries, mean_scores: torch.Tensor | None,
-    cache: torch.Tensor, seq_lens: torch.Tensor, v_rotation: torch.Tensor, attn_mask: torch.Tensor | None,
-    bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
-    softcap: float | None, lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int,
-    parts: Parts | None,
+    out: torch.Tensor, q: torch.Tensor, rotated: Queries, cache: torch.Tensor, seq_lens: torch.Tensor,
+    v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
+    lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int, parts: Parts | None,
 ) -> None:  # fmt: skip
     """Fill `out` `[B, H, q, Dv]`, and `lse` if given, joining `parts`, which have the `own` last tokens.
 
-    `rotated` is `rotate_queries` of q `[B, H, q, D]`, `mean_scores` are those of q; `bounds` has a row for
-    each row of the batch and each query.
+    `rotated` is `rotate_queries` of q `[B, H, q, D]`; `bounds` has a row for each row of the batch and each
+    query.
     """
     queries, factors = rotated
+    scores = mean_scores(q, beside.k_mean, seq_lens, scale)
     batch, kv_heads, rows, _ = queries.shape
     q_len, group = q.shape[2], rows // q.shape[2]
     large = max(fmt.head_dim, fmt.v_head_dim) > 128
@@ -227,7 +228,7 @@ def attend_to_prefix(
     (k_lo, k_hi), (v_lo, v_hi) = magnitude_words(fmt.k_bits), magnitude_words(fmt.v_bits)
     exact_from = beside.exact_from
     prefix_kernel[(splits * blocks, kv_heads, batch)](
-        queries, factors, factors if mean_scores is None else mean_scores, cache, seq_lens,
+        queries, factors, factors if scores is None else scores, cache, seq_lens,
         seq_lens if exact_from is None else exact_from, seq_lens if bounds is None else bounds, mask,
         partial, logs, *cache.stride()[:2], v_rows.offset, k_scales.offset, v_scales.offset,
         seq_lens.expand(batch).stride(0), 0 if exact_from is None else exact_from.expand(batch).stride(0),
@@ -236,7 +237,7 @@ def attend_to_prefix(
         K_HI=k_hi, V_LO=v_lo, V_HI=v_hi, K_TABLE=lookup_words(fmt.k_bits)[0],
         V_TABLE=lookup_words(fmt.v_bits)[0], K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, GROUP=PAGE_ALIGNMENT,
         HEADS=group, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None,
-        HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind, HAS_MEAN=mean_scores is not None,
+        HAS_WHOLE=has_whole(bounds, mask_kind), MASK=mask_kind, HAS_MEAN=scores is not None,
         SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, K_ASM=asm_for(fmt.k_bits, q.device),
         # Stale bytes of 8 bits would become NaN there, which no weight of zero hides.
         V_ASM="" if fmt.v_bits == 8 else asm_for(fmt.v_bits, q.device),

@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..beside import Beside
+from ..beside import SEGMENT, Beside
 from ..format import PAGE_ALIGNMENT, KVFormat
 from .bits import TINY, lookup_words, magnitude_words, sm_count, whole_waves
 from .centroids import asm_for, unit_of
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
 from .exact import Parts
+from .mean_scores import mean_scores
 from .prefill import (
     WEIGHT_BITS,
     WEIGHT_UNIT,
@@ -166,7 +167,7 @@ def piece_kernel(
     q = tl.load(q_ptr + group_row[:, None] * K_DIM + dims[None, :], mask=valid[:, None], other=0.0)
     unit = tl.load(unit_ptr + kv_row * 2)
     factor = tl.maximum(tl.load(factor_ptr + group_row, mask=valid, other=0.0) * unit, TINY)
-    mean_ptrs = mean_score_ptr + (batch * tl.num_programs(1) + kv_head) * segments * rows + row
+    mean_ptrs = mean_score_ptr + kv_row.to(tl.int64) * segments * rows + row
     mask_ptr += batch * mask_stride_b + head * mask_stride_h + token.to(tl.int64) * mask_stride_t
     whole_from, whole_to = whole_slots(
         bounds_ptr, bounds_stride_t, token, valid, low, high, max_len, HAS_WHOLE, MASK
@@ -188,7 +189,9 @@ def piece_kernel(
         scores = tl.dot(q, tl.trans(k))
         mean_score = tl.zeros([BLOCK_M], tl.float32)
         if HAS_MEAN:
-            mean_score = tl.load(mean_ptrs + start // MEAN_OF * rows, mask=valid, other=0.0)
+            mean_score = tl.load(
+                mean_ptrs + (start // MEAN_OF - first // MEAN_OF) * rows, mask=valid, other=0.0
+            )
         if not EARLY:
             scores = squash(scores * factor[:, None] + mean_score[:, None], SOFTCAP)
             mean_score = tl.zeros([BLOCK_M], tl.float32)
@@ -239,13 +242,12 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def attend_by_pieces(
-    out: torch.Tensor, q: torch.Tensor, rotated: Queries, mean_scores: torch.Tensor | None,
-    cache: torch.Tensor, seq_lens: torch.Tensor, v_rotation: torch.Tensor, attn_mask: torch.Tensor | None,
-    bounds: torch.Tensor | None, sinks: torch.Tensor | None, max_len: int, scale: float,
-    softcap: float | None, lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int,
-    parts: Parts | None,
+    out: torch.Tensor, q: torch.Tensor, rotated: Queries, cache: torch.Tensor, seq_lens: torch.Tensor,
+    v_rotation: torch.Tensor, attn_mask: torch.Tensor | None, bounds: torch.Tensor | None,
+    sinks: torch.Tensor | None, max_len: int, scale: float, softcap: float | None,
+    lse: torch.Tensor | None, fmt: KVFormat, beside: Beside, own: int, parts: Parts | None,
 ) -> None:  # fmt: skip
-    """`prefill.attend_to_prefix`, with at most `WORKSPACE` bytes more."""
+    """`prefill.attend_to_prefix`, with at most `WORKSPACE` bytes more for keys and values."""
     queries, factors = rotated
     batch, kv_heads, rows, _ = queries.shape
     dims, group = (fmt.head_dim, fmt.v_head_dim), rows // q.shape[2]
@@ -268,7 +270,7 @@ def attend_by_pieces(
     visible = dict(
         K_DIM=fmt.head_dim, V_DIM=fmt.v_head_dim, HEADS=group, SINKS=beside.sink_tokens,
         RECENT=beside.recent_tokens, HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, kind),
-        HAS_MEAN=mean_scores is not None,
+        HAS_MEAN=beside.k_mean is not None,
     )  # fmt: skip
     kernel: Any = piece_kernel
     if has_wgmma(q.device) and max(dims) <= 128 and kind in (NO_MASK.value, KEY_MASK.value) and not softcap:
@@ -282,13 +284,18 @@ def attend_by_pieces(
         constants = dict(
             MASK=kind, SOFTCAP=softcap or 0.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2
         )
-    means = (factors if mean_scores is None else mean_scores, beside.segments)
+    segments = piece // SEGMENT + 2  # that a piece may lie in
     blocks = triton.cdiv(rows, block_m)
     splits = whole_waves(together * kv_heads * blocks, piece // block_n, sms)
     partial, logs = empty_partials(queries, splits, fmt.v_head_dim)
     for batch_from in range(0, batch, together):
         count = min(together, batch - batch_from)
+        these = slice(batch_from, batch_from + count)
+        k_mean = None if beside.k_mean is None else beside.k_mean[these]
         for first in range(0, max(1, max_len - own), piece):
+            scores = mean_scores(
+                q[these], k_mean, seq_lens.expand(batch)[these], scale, first // SEGMENT, segments
+            )
             unpack_kernel[(triton.cdiv(piece, run), 2, count * kv_heads)](
                 cache, seq_lens, k, v, units, *cache.stride()[:2], lens_stride, v_rows.offset,
                 k_scales.offset, v_scales.offset, kv_heads, batch_from, own, max_len, first, piece, run,
@@ -299,7 +306,8 @@ def attend_by_pieces(
                 seq_lens if bounds is None else bounds, partial, logs, lens_stride,
                 0 if exact_from is None else exact_from.expand(batch).stride(0),
                 *((0, 0) if bounds is None else bounds.stride()[:2]), q.shape[2], own, max_len, batch_from,
-                first, piece, splits, *means, *others, **visible, **constants,
+                first, piece, splits, factors if scores is None else scores, segments, *others, **visible,
+                **constants,
             )  # fmt: skip
     reduce_splits(
         out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, lse, parts

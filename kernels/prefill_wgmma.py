@@ -51,7 +51,7 @@ def weigh(
     low, high, whole_from, whole_to, end = sees
     mean_score = 0.0 * factor
     if HAS_MEAN:  # one for all keys of a tile: it goes with the peak
-        mean_score = gl.load(means[0] + start // MEAN_OF * means[1], mask=means[2], other=0.0)
+        mean_score = gl.load(means[0] + (start // MEAN_OF - means[3]) * means[1], mask=means[2], other=0.0)
     if (start < whole_from) | (start + BLOCK_N > whole_to):
         slot = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
@@ -113,10 +113,9 @@ def wgmma_piece_kernel(
     end = gl.minimum(begin + run, end)
     if (first > 0) & (begin >= end):
         return
-    group = batch * gl.num_programs(1) + kv_head
-    group_row = group * rows
-    means = (mean_score_ptr + group * segments * rows + row, rows, valid)
+    group_row = (batch * gl.num_programs(1) + kv_head) * rows
     kv_row = gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)
+    means = (mean_score_ptr + kv_row.to(gl.int64) * segments * rows + row, rows, valid, first // MEAN_OF)
     # Slots that all rows see.
     whole_from = gl.max(gl.where(valid, low, 0), axis=0)
     whole_to = gl.min(gl.where(valid, high, max_len), axis=0)

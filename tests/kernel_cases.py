@@ -544,6 +544,8 @@ def masked_chunks(formats: tuple[tuple, ...], masks: tuple[tuple, ...]) -> list[
 
 # Of few rows, too: `check_pieces` sends them all to `prefill_pieces`.
 PIECES_INTERPRETED = [
+    Case("k4v4", 64, heads=2, q_len=17, lens=(560, 300), max_len=600, dtype=FP16, exact=(2, 4), small_pieces=True),
+    Case("k3v2", 64, heads=2, q_len=17, lens=(560, 300), max_len=600, dtype=FP16, exact=(2, 4), softcap=3.0, small_pieces=True),
     replace(case, dtype=FP16, small_pieces=True)
     for case in (
         Case(

@@ -82,12 +82,13 @@ MAY_IMPORT = {
             "kernels.decode_reduce",
             "kernels.exact",
         ),
-        *("kernels.scores", "kernels.segments", "beside", "format"),
+        *("kernels.mean_scores", "kernels.scores", "kernels.segments", "beside", "format"),
     ],
     "kernels.prefill_pieces": [
         *("kernels.bits", "kernels.centroids", "kernels.decode_query", "kernels.decode_reduce"),
         *(
             "kernels.exact",
+            "kernels.mean_scores",
             "kernels.prefill",
             "kernels.prefill_wgmma",
             "kernels.scores",
