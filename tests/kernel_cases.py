@@ -544,8 +544,6 @@ def masked_chunks(formats: tuple[tuple, ...], masks: tuple[tuple, ...]) -> list[
 
 # Of few rows, too: `check_pieces` sends them all to `prefill_pieces`.
 PIECES_INTERPRETED = [
-    Case("k4v4", 64, heads=2, q_len=17, lens=(560, 300), max_len=600, dtype=FP16, exact=(2, 4), small_pieces=True),
-    Case("k3v2", 64, heads=2, q_len=17, lens=(560, 300), max_len=600, dtype=FP16, exact=(2, 4), softcap=3.0, small_pieces=True),
     replace(case, dtype=FP16, small_pieces=True)
     for case in (
         Case(
@@ -565,6 +563,21 @@ PIECES_INTERPRETED = [
     )
 ]
 PIECES_INTERPRETED += [replace(PIECES_INTERPRETED[i], small_pieces=False) for i in (0, 5)]
+PIECES_INTERPRETED += [
+    Case(
+        "k4v4",
+        64,
+        heads=2,
+        q_len=17,
+        lens=(560, 300),
+        max_len=600,
+        dtype=FP16,
+        exact=(2, 4),
+        small_pieces=small,
+    )
+    for small in (True, False)
+]
+PIECES_INTERPRETED += [replace(PIECES_INTERPRETED[-2], fmt="k3v2", softcap=3.0)]
 PIECES_GPU = [
     *PIECES_INTERPRETED,
     *(
