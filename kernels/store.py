@@ -5,8 +5,8 @@ a few, 2), one launch for both. It brings each vector to magnitudes below 4, rot
 sums and differences if D is a power of two), and holds the result as 8 octants of D / 8 coordinates, padded
 to a power of two. Every byte of a row collects whole codes of the same place in several octants (`format`
 has the table), so packing is a sum over octants for any D that is a multiple of 8. A byte belongs to one
-token: nothing is read back. Keys are less the mean of their segment (of a prompt's chunk
-`key_means` takes them before), and tokens that are now exact are copied as they came: `beside` says which.
+token: nothing is read back. Keys are less the mean of their segment (`key_means`), and tokens that are now
+exact are copied as they came: `beside` says which.
 
 Bytes: reads the new vectors and the rotation (which stays in the cache of the GPU), writes packed
 rows and scales. A lossless format is a plain copy.
