@@ -67,7 +67,7 @@ def find_means(
     """
     segment = tl.minimum(tl.maximum(position, 0) // MEAN_OF, segments - 1)
     ptrs = mean_ptr + (row * segments + segment) * DIM
-    starts = inside & (segment * MEAN_OF >= start) & (new <= FEW)
+    starts = inside & (segment * MEAN_OF >= start) & (new + 0 * position <= FEW)
     if tl.max(starts.to(tl.int32), axis=0) > 0:
         dims = tl.arange(0, triton.next_power_of_2(DIM))
         known = starts & (segment > 0)
