@@ -98,9 +98,9 @@ def test_the_largest_context_is_searched_from_above(monkeypatch):
     tried = []
     monkeypatch.setattr(bench_point, "fits", lambda point, model, n: tried.append(n) or n <= 8000)
     model = build_model("llama", "tiny", "cpu")
-    small, large = (cache_bytes(make_cache("k4v4", model, 1, n)) for n in (16, 32))
-    slot = 2 * (large - small) // 16  # two rows
-    found = largest_context(point("k4v4", None), model, free_bytes=slot * 10000)
+    small, large = (cache_bytes(make_cache("k4v4", model, 1, n)) for n in (256, 512))
+    slot = 2 * (large - small) / 256  # two rows, and their means of keys
+    found = largest_context(point("k4v4", None), model, free_bytes=int(slot * 10000))
     assert (tried, found) == ([9500, 8500, 7500], 7500)
     monkeypatch.undo()
     assert largest_context(point("dynamic", None), model, free_bytes=1 << 20) == 972  # 95 per cent of 1,024
