@@ -34,7 +34,7 @@ from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
 from .segments import MEAN_OF
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
-from .warp_means import SEGMENTS, score_means, score_of
+from .warp_means import MOST, score_means
 from .warp_share import REGISTERS, share
 from .warp_tiles import (
     copy_keys,
@@ -75,8 +75,8 @@ def attend_tile(
 ):  # fmt: skip
     """One tile of slots from `start`, online softmax in base 2; `ptrs` and `left` are of the next tile.
 
-    If it has no page, a query that sees a token of it gives NaN. Scores are less `mean_score`, that of the
-    segment's mean of keys in base 2, and so are peaks; but with a softcap neither are.
+    If it has no page, a query that sees a token of it gives NaN. `mean_score` is that of the segment's mean
+    of keys, which peaks have and `s` does not: added to each score it would be 64 additions a row.
     """
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -101,6 +101,7 @@ def attend_tile(
         s = s * q_scale[None, :] + mean_score[None, :]
         s = (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 / SOFTCAP)))) * (SOFTCAP * LOG2_E)
         q_scale = gl.full([N], 1.0, gl.float32, gl.SliceLayout(0, MMA))
+        mean_score = gl.zeros([N], gl.float32, gl.SliceLayout(0, MMA))
 
     low, high, filled, whole_from, whole_to = sees
     if PAGE > 0:
@@ -114,10 +115,10 @@ def attend_tile(
             inside = inside & let_through[:, None]
         s = gl.where(inside, s, float("-inf"))
         v_scale = gl.where(here < gl.minimum(filled, end), v_scale, 0.0)
-    new_peak = gl.maximum(peak, gl.max(s, axis=0))
+    new_peak = gl.maximum(peak, gl.max(s, axis=0) * q_scale + mean_score)
     origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    decay = gl.exp2((peak - origin) * q_scale)
-    shift = origin * q_scale - WEIGHT_BITS
+    decay = gl.exp2(peak - origin)
+    shift = origin - mean_score - WEIGHT_BITS
     weights = gl.exp2(s * q_scale[None, :] - shift[None, :])
     total = total * decay + gl.sum(weights, axis=0)
     peak = new_peak
@@ -256,10 +257,9 @@ def warp_split_kernel(
         mean_ptr += group * segments * K_DIM
         raw_q_ptr += batch * q_stride_b + kv_head * HEADS * q_stride_h
         means = score_means(
-            raw_q_ptr, mean_ptr, first // (MEAN_OF * SEGMENTS), first, end, run // splits * N, rows,
-            q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
+            raw_q_ptr, mean_ptr, first, end, run // splits * N, rows, q_stride_h, q_stride_t, q_stride_d,
+            scale, K_DIM, HEADS, N, MMA,
         )  # fmt: skip
-        mean_score = score_of(means, first, MMA)
     if PDL:
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
 
@@ -301,16 +301,8 @@ def warp_split_kernel(
             ptrs = tile_pointers(page, offsets, slot, K_ROW, V_ROW)
         else:
             ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
-        if HAS_MEAN and (start > first) & (start % MEAN_OF == 0):
-            if start % (MEAN_OF * SEGMENTS) == 0:
-                means = score_means(
-                    raw_q_ptr, mean_ptr, start // (MEAN_OF * SEGMENTS), first, end, run // splits * N,
-                    rows, q_stride_h, q_stride_t, q_stride_d, scale, K_DIM, HEADS, N, MMA,
-                )  # fmt: skip
-            before = mean_score
-            mean_score = score_of(means, start, MMA)
-            if SOFTCAP == 0:  # rather than to each score it is added to none, and the peak moves
-                peak += (before - mean_score) / q_scale
+        if HAS_MEAN:
+            mean_score = means.index(start // MEAN_OF - first // MEAN_OF).load(COLUMNS)
         acc, total, peak, largest = attend_tile(
             acc, total, peak, largest, mean_score, q, q_scale, tables, shared, ptrs, left, sees, mask,
             here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,
@@ -320,8 +312,6 @@ def warp_split_kernel(
     if PDL:
         gl.inline_asm_elementwise(LAUNCH_NEXT, "=r", [], gl.int32, False, 1)
 
-    if SOFTCAP == 0:
-        peak = peak * q_scale + mean_score
     gl.store(log_ptr + part, peak + gl.log2(total) - WEIGHT_BITS, mask=valid)
     scale = (largest / gl.where(total == 0.0, 1.0, total))[None, :]
     value = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))[:, None]
@@ -384,7 +374,11 @@ def warp_split(
     blocks = triton.cdiv(rows, columns)
     groups, tiles = batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value)
     others = batch * kv_heads * work.runs
-    splits, spare = share(groups, tiles, others, TILE.value * fmt.slot_bytes, sms, q.device)
+    longest, shared = tiles, TILE.value * fmt.slot_bytes
+    if beside.k_mean is not None:  # a run starts anywhere in its first segment
+        longest = (MOST - 1) * MEAN_OF.value // TILE.value + 1
+        shared += MOST * columns * 4
+    splits, spare = share(groups, tiles, others, longest, shared, sms, q.device)
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]

@@ -19,8 +19,10 @@ def shared_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
+def best_splits(groups: int, tiles: int, schedulers: int, most: int, longest: int) -> int:
     """How many runs of `tiles` take the least time, with room for `most` programs on a scheduler.
+
+    None is longer than `longest` tiles.
 
     In units of what a scheduler takes for a tile: with one program it waits for memory, with more it does
     not; a program's start and end are a tile more, and splits add to the reduction.
@@ -32,19 +34,21 @@ def best_splits(groups: int, tiles: int, schedulers: int, most: int) -> int:
             programs = -(-programs // most) * most
         return max(programs, 1.2) * (-(-tiles // splits) + 1) + splits / 200
 
-    return min(range(1, min(tiles, max(1, 4 * most * schedulers // groups)) + 1), key=cost)
+    least = -(-tiles // longest)
+    return min(range(least, max(least, min(tiles, 4 * most * schedulers // groups)) + 1), key=cost)
 
 
 def share(
-    groups: int, tiles: int, others: int, shared: int, sms: int, device: torch.device
+    groups: int, tiles: int, others: int, longest: int, shared: int, sms: int, device: torch.device
 ) -> tuple[int, int]:
     """(splits, spare): runs of the `tiles` of each of `groups` programs, and shared memory to ask for.
 
-    A program needs `shared` bytes. `others` are short programs of the same launch.
+    A program needs `shared` bytes, and takes `longest` tiles at most. `others` are short programs of the
+    same launch.
     """
     available = shared_bytes(device)
     warps = min(WARPS, available // (shared + 1024))
-    splits = best_splits(groups, tiles, SCHEDULERS * sms, -(-warps // SCHEDULERS))
+    splits = best_splits(groups, tiles, SCHEDULERS * sms, -(-warps // SCHEDULERS), longest)
     # As much shared memory as leaves room for no more programs on a multiprocessor than its share: started
     # early, they fill some before they go to others. The others count, or runs would wait for their places.
     programs = min(warps, triton.cdiv(groups * splits + others, sms))

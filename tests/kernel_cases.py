@@ -30,6 +30,7 @@ class Case:
     page: tokens of a page, where there is a block table.
     hole: which page of the first row is missing.
     small_pieces: the workspace of a long chunk has as little room as can be.
+    sms: how many multiprocessors share the work of `decode_warp`, for longer runs; 0: those of the GPU.
     """
 
     fmt: str = "k4v4"
@@ -51,6 +52,7 @@ class Case:
     page: int = 0
     hole: int = -1
     small_pieces: bool = False
+    sms: int = 0
 
     def __str__(self) -> str:
         dims = f"{self.dim}" + (f"x{self.v_dim}" if self.v_dim else "")
@@ -67,6 +69,7 @@ class Case:
             + (f"-page{self.page}" if self.page else "")
             + (f"-hole{self.hole}" if self.hole >= 0 else "")
             + ("-small" if self.small_pieces else "")
+            + (f"-sms{self.sms}" if self.sms else "")
         )
 
     @property
@@ -245,6 +248,15 @@ DECODE_GPU = [
     Case("bf16", 100, 36, q_len=2),
     Case("k4v4", 128, heads=32, kv_heads=8, lens=(70000, 3), max_len=70001),
     # Few rows and no mask: `decode_warp`.
+    *(  # the scores of a run's means are several products; the longest run is shorter than the row
+        Case(name, dim, heads=heads, lens=(20000, 5001), max_len=20480, exact=(4, 32), sms=1, **kinds)
+        for name, dim, heads, kinds in (
+            ("k4v4", 128, 8, {}),
+            ("k8v8", 64, 8, {"softcap": 50.0}),
+            ("k3v3", 128, 24, {"bounds": "window"}),
+            ("k2v2", 128, 8, {"page": 64}),
+        )
+    ),
     *(
         Case(name, 128, heads=8, lens=(3000, 129, 1), max_len=3008, keys=keys, dtype=dtype)
         for name in ("k4v4", "k8v8", "k2v2")
