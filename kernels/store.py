@@ -152,7 +152,7 @@ def store_kernel(
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
         row_ptr = page_ptr + slot * (K_DIM * K_BITS // 8)
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
-        x = load_vectors(x_ptr, k_stride_d, exists, K_DIM)
+        keys = load_vectors(x_ptr, k_stride_d, exists, K_DIM)
         mean_ptrs = mean_ptr
         if HAS_MEAN:
             where = (table_ptr + batch * table_stride_b, table_stride_n, cache_stride_b, cache_stride_h)
@@ -161,16 +161,16 @@ def store_kernel(
                 position - token, new, segments, inside, K_BITS, K_LO, K_HI, K_DIM, PAGE, BLOCK_K,
             )  # fmt: skip
         store_vectors(
-            x, x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists, valid,
+            keys, x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists, valid,
             kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
         row_ptr = page_ptr + v_rows_offset + slot // GROUP * GROUP * (V_DIM * V_BITS // 8)
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
-        x = load_vectors(x_ptr, v_stride_d, exists, V_DIM)
+        values = load_vectors(x_ptr, v_stride_d, exists, V_DIM)
         store_vectors(
-            x, x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
+            values, x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
             exact_ptr + K_DIM, exists, valid, kept, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT,
             V_DIM, GROUP, BLOCK_K,
         )  # fmt: skip

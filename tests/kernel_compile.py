@@ -70,6 +70,11 @@ def record_launches() -> list[tuple]:
             for attn_mask, cap in ways if name == "k4v4" and not page else ways[:1]:
                 last = (attn_mask, None, None, fmt, 4096, 0.1, beside, cap, table, lse)
                 decode(q, cache, lens, *rotations(case, "cpu"), *last)
+        for name, dim, v_dim in (("k4v3", 80, 64), ("k2v8", 128, 64)):
+            case = Case(name, dim, v_dim, lens=(64, 3), max_len=300, exact=(4, 8))
+            new = (torch.zeros(2, 2, 3, d, dtype=BF16) for d in (dim, v_dim))
+            turns, fmt, lens = rotations(case, "cpu"), case.format, lengths(case, "cpu")
+            store(garbage_cache(case, "cpu"), *new, lens, *turns, fmt, empty_beside(case))
         for name, dim, q_len, cap, page, exact in (
             ("k4v4", 128, 1, None, 0, (4, 32)),
             ("k4v4", 256, 1, 50.0, 0, (4, 32)),
