@@ -34,14 +34,14 @@ from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
 from .segments import MEAN_OF
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
-from .warp_means import MOST, score_means
+from .warp_means import MOST, load_means, load_raw_queries, score_means
 from .warp_share import REGISTERS, share
 from .warp_tiles import (
     copy_keys,
     copy_values,
     find_page,
-    key_byte,
     key_words,
+    load_queries,
     operands,
     place_byte,
     read_scales,
@@ -252,19 +252,26 @@ def warp_split_kernel(
     shared = (keys, values, k_scales, v_scales, signs)
     copy_keys(shared, ptrs, left, K_ROW, K_PLANE)
     copy_values(values, ptrs[1], left, V_ROW)
-    mean_score = gl.zeros([N], gl.float32, COLUMNS)
+    # All that a run needs is on its way before any of it is waited for.
     if HAS_MEAN:
         mean_ptr += group * segments * K_DIM
         raw_q_ptr += batch * q_stride_b + kv_head * HEADS * q_stride_h
-        means = score_means(
-            raw_q_ptr, mean_ptr, first, end, run // splits * N, rows, q_stride_h, q_stride_t, q_stride_d,
-            scale, K_DIM, HEADS, N, MMA,
-        )  # fmt: skip
+        raw_q = load_raw_queries(
+            raw_q_ptr, run // splits * N, rows, q_stride_h, q_stride_t, q_stride_d, K_DIM, HEADS, N, MMA
+        )
+        means = load_means(mean_ptr, first // MEAN_OF, end, K_DIM, MMA)
+    if SINKS + RECENT > 0:
+        exact_from = gl.load(exact_from_ptr + batch * from_stride, cache_modifier=".cg")
     if PDL:
         gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
+    q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
+    q_ptr += group * rows * K_DIM
+    PARTS: gl.constexpr = 2 if K_BITS == 3 else 1
+    q = load_queries(q_ptr, run // splits * N, rows, K_DIM, N, K_PLANE, PARTS, SECOND)
 
     if SINKS + RECENT > 0:  # exact tokens are hidden in the tiles rather than left out of the range
-        first_recent = gl.maximum(gl.load(exact_from_ptr + batch * from_stride), seq_len - RECENT)
+        before = seq_len - (q_len if HAS_NEW else 0)  # as in `exact_positions`
+        first_recent = gl.maximum(gl.minimum(exact_from, before), seq_len - RECENT)
         low = gl.maximum(low, SINKS)
         high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
     # Tiles between these need no mask: every row sees all of them.
@@ -274,13 +281,6 @@ def warp_split_kernel(
         whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
         whole_to = gl.minimum(whole_to, gl.min(gl.load(bounds_ptr + 3, mask=valid, other=filled), axis=0))
 
-    place_k = gl.arange(0, K_PLANE, layout=gl.SliceLayout(1, SECOND))[:, None]
-    column = run // splits * N + gl.arange(0, N, layout=gl.SliceLayout(0, SECOND))[None, :]
-    q_ptr += (group * rows + column) * K_DIM + key_byte(place_k, K_PLANE, 2 if K_BITS == 3 else 1)
-    q = ()
-    for t in gl.static_range(codes_per_byte(K_BITS)):
-        q += (gl.load(q_ptr + t * K_PLANE, mask=column + 0 * place_k < rows, other=0.0),)
-    q_scale = gl.load(q_scale_ptr + group * rows + row, mask=valid, other=1.0)
     k_table = gl.inline_asm_elementwise(OPAQUE, "=r,r", [gl.to_tensor(K_LO)], gl.int32, False, 1)
     v_table = k_table
     if V_LO != K_LO:
@@ -288,6 +288,9 @@ def warp_split_kernel(
 
     tables, sees = (k_table, v_table), (low, high, filled, whole_from, whole_to)
     mask = (mask_ptr + batch * mask_stride_b, mask_stride_n)
+    mean_score = gl.zeros([N], gl.float32, COLUMNS)
+    if HAS_MEAN:
+        scores = score_means(means, mean_ptr, raw_q, first // MEAN_OF, end, scale, K_DIM, N, MMA)
 
     # [16 values, row] each: of 16 byte columns, of each code of a byte.
     acc = (gl.zeros([16, N], gl.float32, MMA),) * (V_DIM // 16)
@@ -302,7 +305,7 @@ def warp_split_kernel(
         else:
             ptrs = tile_pointers(page, offsets, start + TILE, K_ROW, V_ROW)
         if HAS_MEAN:
-            mean_score = means.index(start // MEAN_OF - first // MEAN_OF).load(COLUMNS)
+            mean_score = scores.index(start // MEAN_OF - first // MEAN_OF).load(COLUMNS)
         acc, total, peak, largest = attend_tile(
             acc, total, peak, largest, mean_score, q, q_scale, tables, shared, ptrs, left, sees, mask,
             here_has_page, start, end, PAGE, SOFTCAP, K_BITS, V_BITS, K_ASM, V_ASM, K_ROW, V_ROW, K_PLANE,

@@ -161,8 +161,8 @@ def store_kernel(
                 position - token, new, segments, inside, K_BITS, K_LO, K_HI, K_DIM, PAGE, BLOCK_K,
             )  # fmt: skip
         store_vectors(
-            keys, x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists, valid,
-            kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
+            keys, x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists,
+            valid, kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t

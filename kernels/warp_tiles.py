@@ -104,13 +104,33 @@ def place_byte(place, BYTES: gl.constexpr):
     return place // 2 % 4 * BYTES + place // 8 * 2 + place % 2
 
 
+@gluon.constexpr_function
+def query_layout(rows: int, plane: int, parts: int):
+    """Lane 4r + c: of query rows r and r + 8 what belongs to its bytes of a key row, as in `key_layout`."""
+    quarter = plane // parts // 4
+    registers = [[0, 1 << i] for i in range(quarter.bit_length() - 1)]
+    registers += ([[0, plane // 2]] if parts == 2 else []) + ([[8, 0]] if rows == 16 else [])
+    lanes = [[0, quarter], [0, 2 * quarter], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [rows, plane])
+
+
 @gluon.jit
-def key_byte(place, PLANE: gl.constexpr, PARTS: gl.constexpr):
-    """`place_byte` of a key row whose lanes have a quarter of each of its parts."""
-    BYTES: gl.constexpr = PLANE // 4 // PARTS
-    byte = place_byte(place, BYTES * PARTS)  # if the parts of a lane were neighbours
-    lane, byte = byte // (BYTES * PARTS), byte % (BYTES * PARTS)
-    return byte // BYTES * (PLANE // PARTS) + lane * BYTES + byte % BYTES
+def load_queries(
+    ptr, first, rows, DIM: gl.constexpr, ROWS: gl.constexpr, PLANE: gl.constexpr, PARTS: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Second operands [PLANE, ROWS], one for each code of a byte, of query rows `first` .. at `ptr`."""
+    LANES: gl.constexpr = query_layout(ROWS, PLANE, PARTS)
+    row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None]
+    dim = gl.arange(0, PLANE, layout=gl.SliceLayout(0, LANES))[None, :]
+    q = ()
+    for t in gl.static_range(DIM // PLANE):
+        x = gl.load(ptr + row * DIM + t * PLANE + dim, mask=(row < rows) & (dim >= 0), other=0.0)
+        # A lane's places of a sum are pairs; of every 8 there is one.
+        x = gl.reshape(x, [ROWS, PARTS, 4, PLANE // PARTS // 16, 2, 2])
+        x = gl.reshape(gl.permute(x, [1, 3, 4, 2, 5, 0]), [PLANE, ROWS])
+        q += (gl.convert_layout(x, layout, assert_trivial=True),)
+    return q
 
 
 @gluon.jit
