@@ -4,8 +4,8 @@
 
 The same checkpoint (the Llama of `bench_point`, random weights) reads the same prompt and takes the same
 steps in each way, each in processes of its own; tensor parallelism is that of transformers, under torchrun:
-each cache holds the KV heads of its rank. Logits are compared with those of one GPU. Layers on two GPUs are
-compiled one by one, for a minute each: few are compared, and their times are of few. Needs accelerate.
+each cache holds the KV heads of its rank. Logits are compared with those of one GPU. First with few layers,
+since to compile them takes minutes (layers on two GPUs one by one: these are of few only). Needs accelerate.
 Writes `two_gpus.json`. With `--size tiny` and no GPU, tensor parallelism runs on two processes of the CPU.
 """
 
@@ -161,8 +161,10 @@ def measure(way: str, folder: Path, args: argparse.Namespace, layers: int | None
     """The rows of one way, by cache; or why there are none."""
     row: dict[str, Any] = {"way": way, "batch": args.batch, "tokens": args.context}
     row |= {} if layers is None else {"layers": layers}
+    started = time.perf_counter()
     if error := start(way, folder, args):
         return [row | {"error": error}]
+    print(f"{way}: {time.perf_counter() - started:.0f} s", flush=True)
     rows = []
     for kind, figures in json.loads((folder / f"{way}.json").read_text()).items():
         rows.append(row | {"cache": kind} | figures | compared(folder, way, kind))
@@ -185,9 +187,9 @@ def main() -> None:
         child(args.child, args.folder, args.batch, args.context)
         return
     gpus = torch.cuda.device_count()
-    groups = [(None, (ONE, TENSOR_PARALLEL))]
-    if gpus >= GPUS:
-        groups.append((FEW_LAYERS, (ONE, LAYERS_ON_TWO)))
+    on_two = (LAYERS_ON_TWO,) if gpus >= GPUS else ()
+    # Few layers first: all of them take minutes to compile.
+    groups = [(FEW_LAYERS, (ONE, TENSOR_PARALLEL, *on_two)), (None, (ONE, TENSOR_PARALLEL))]
     rows: list[dict[str, Any]] = []
     for layers, ways in groups:
         with tempfile.TemporaryDirectory() as name:
