@@ -4,8 +4,8 @@
 
 The same checkpoint (the Llama of `bench_point`, random weights) reads the same prompt and takes the same
 steps in each way, each in processes of its own; tensor parallelism is that of transformers, under torchrun:
-each cache holds the KV heads of its rank. Logits are compared with those of one GPU. First with few layers,
-since to compile them takes minutes (layers on two GPUs one by one: these are of few only). Needs accelerate.
+each cache holds the KV heads of its rank. Logits are compared with those of one GPU. First with few
+layers, since to compile them takes minutes (layers on two GPUs one by one: few only). Needs accelerate.
 Writes `two_gpus.json`. With `--size tiny` and no GPU, tensor parallelism runs on two processes of the CPU.
 """
 
@@ -151,7 +151,7 @@ def save(folder: Path, size: str, layers: int | None) -> None:
     model = build_model("llama", size, "cuda" if torch.cuda.is_available() else "cpu")
     if layers is not None:
         model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
+        model.config.num_hidden_layers = len(model.model.layers)
     model.save_pretrained(folder)
     build_model.cache_clear()
     torch.cuda.empty_cache()

@@ -13,6 +13,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .scores import LOG2_E
 from .segments import MEAN_OF
 
+# Triton 3.9 calls it `reinterpret`; in 3.6 it begins with an underscore.
+_Shared = gl.shared_memory_descriptor
+reinterpret = getattr(_Shared, "reinterpret", None) or _Shared._reinterpret
+
 SEGMENTS = gl.constexpr(16)  # rows of a product
 PRODUCTS = gl.constexpr(4)  # of a run at most
 MOST = SEGMENTS.value * PRODUCTS.value  # segments that a run may touch
@@ -90,4 +94,4 @@ def score_means(means, ptr, q, first, end, scale, DIM: gl.constexpr, N: gl.const
             x = mma_v2(means[i], q[i], x)
         scores.index(product).store(x * (scale * LOG2_E))
         means = load_means(ptr, first + (product + 1) * SEGMENTS, end, DIM, MMA)
-    return scores._reinterpret(gl.float32, [PRODUCTS * SEGMENTS, N], ROW)
+    return reinterpret(scores, gl.float32, [PRODUCTS * SEGMENTS, N], ROW)
