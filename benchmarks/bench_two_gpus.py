@@ -83,6 +83,7 @@ def run(
         times.append(time.perf_counter() - start)
         logits.append(out.float().cpu())
     figures = {
+        "layers": model.config.num_hidden_layers,
         "median_ms": round(statistics.median(times[WARM_UP:]) * 1e3, 3),
         "spread_ms": round((max(times[WARM_UP:]) - min(times[WARM_UP:])) * 1e3, 3),
         "cache_bytes_of_this_process": cache_bytes(cache),
@@ -157,10 +158,9 @@ def save(folder: Path, size: str, layers: int | None) -> None:
     torch.cuda.empty_cache()
 
 
-def measure(way: str, folder: Path, args: argparse.Namespace, layers: int | None) -> list[dict[str, Any]]:
+def measure(way: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one way, by cache; or why there are none."""
     row: dict[str, Any] = {"way": way, "batch": args.batch, "tokens": args.context}
-    row |= {} if layers is None else {"layers": layers}
     started = time.perf_counter()
     if error := start(way, folder, args):
         return [row | {"error": error}]
@@ -196,7 +196,7 @@ def main() -> None:
             folder = Path(name)
             save(folder, args.size, layers)
             for way in ways:
-                rows += measure(way, folder, args, layers)
+                rows += measure(way, folder, args)
                 result = {"environment": environment(args.commit), "steps": rows}
                 write_result("two_gpus", result, args.out)
 

@@ -28,13 +28,14 @@ from ..format import KVFormat
 from .bits import TINY, codes_per_byte, early_launch, lookup_words, sm_count, unpack_asm
 from .decode_query import Queries
 from .decode_reduce import reduce_splits
-from .exact import TRANSPOSE, ExactWork, attend_to_exact
+from .exact import TRANSPOSE, ExactWork, attend_to_exact, first_recent_of
 from .pages import table_arguments, tokens_of_page
 from .scores import KEY_MASK, LOG2_E, has_whole, is_key_mask, mask_arguments
 from .segments import MEAN_OF
 from .unpacked import attend_unpacked
 from .warp_hadamard import hadamard
-from .warp_means import MOST, load_means, load_raw_queries, score_means
+from .warp_means import MOST_SEGMENTS, load_means, score_means
+from .warp_operands import load_rows
 from .warp_share import REGISTERS, share
 from .warp_tiles import (
     copy_keys,
@@ -52,6 +53,7 @@ from .warp_tiles import (
 )
 
 TILE = gl.constexpr(64)  # tokens: 16 for each of the 4 lanes of a row of an operand
+MOST_TILES = (MOST_SEGMENTS - 1) * MEAN_OF.value // TILE.value + 1  # a run starts anywhere in a segment
 MOST_ROWS = 64  # more: one pass of `decode`'s kernel over the bytes is faster than several of this one
 WEIGHT_BITS = gl.constexpr(15.0)
 
@@ -256,10 +258,9 @@ def warp_split_kernel(
     if HAS_MEAN:
         mean_ptr += group * segments * K_DIM
         raw_q_ptr += batch * q_stride_b + kv_head * HEADS * q_stride_h
-        raw_q = load_raw_queries(
-            raw_q_ptr, run // splits * N, rows, q_stride_h, q_stride_t, q_stride_d, K_DIM, HEADS, N, MMA
-        )
-        means = load_means(mean_ptr, first // MEAN_OF, end, K_DIM, MMA)
+        strides = (q_stride_h, q_stride_t, q_stride_d)
+        raw_q = load_rows(raw_q_ptr, run // splits * N, rows, *strides, N, K_DIM, HEADS)
+        means = load_means(mean_ptr, first // MEAN_OF, end, K_DIM)
     if SINKS + RECENT > 0:
         exact_from = gl.load(exact_from_ptr + batch * from_stride, cache_modifier=".cg")
     if PDL:
@@ -270,8 +271,7 @@ def warp_split_kernel(
     q = load_queries(q_ptr, run // splits * N, rows, K_DIM, N, K_PLANE, PARTS, SECOND)
 
     if SINKS + RECENT > 0:  # exact tokens are hidden in the tiles rather than left out of the range
-        before = seq_len - (q_len if HAS_NEW else 0)  # as in `exact_positions`
-        first_recent = gl.maximum(gl.minimum(exact_from, before), seq_len - RECENT)
+        first_recent = first_recent_of(exact_from, seq_len, q_len if HAS_NEW else 0, RECENT)
         low = gl.maximum(low, SINKS)
         high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
     # Tiles between these need no mask: every row sees all of them.
@@ -378,9 +378,9 @@ def warp_split(
     groups, tiles = batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value)
     others = batch * kv_heads * work.runs
     longest, shared = tiles, TILE.value * fmt.slot_bytes
-    if beside.k_mean is not None:  # a run starts anywhere in its first segment
-        longest = (MOST - 1) * MEAN_OF.value // TILE.value + 1
-        shared += MOST * columns * 4
+    if beside.k_mean is not None:  # whose scores have room for so many
+        longest = MOST_TILES
+        shared += MOST_SEGMENTS * columns * 4
     splits, spare = share(groups, tiles, others, longest, shared, sms, q.device)
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..beside import NOTHING, Beside, Chunk
 from .scores import LOG2_E, NO_MASK, squash, visible_slots
+from .warp_operands import by_vectors, first_operand, load_rows, second_operand
 
 ROWS = gl.constexpr(8)  # of a program: columns of a product of tensor cores
 TILE = gl.constexpr(16)  # tokens: rows of one
@@ -67,6 +68,12 @@ def empty_parts(q: torch.Tensor, kv_heads: int, pieces: int, v_dim: int) -> Part
 
 
 @triton.jit
+def first_recent_of(exact_from, length, new, RECENT: tl.constexpr):
+    """The first recent exact token; `exact_from` is that before `new` tokens were stored, or that after."""
+    return tl.maximum(tl.minimum(exact_from, length - new), length - RECENT)
+
+
+@triton.jit
 def exact_positions(
     slot, length, exact_from, new, end, SINKS: tl.constexpr, RECENT: tl.constexpr
 ):  # fmt: skip
@@ -78,18 +85,9 @@ def exact_positions(
     last = length - 1
     age = (last - SINKS) % max(RECENT, 1) - (slot - SINKS)  # in tokens, of those whose slot is no sink's
     position = tl.where(is_sink, slot, last - tl.where(age < 0, age + RECENT, age))
-    first_recent = tl.maximum(tl.minimum(exact_from, length - new), length - RECENT)
+    first_recent = first_recent_of(exact_from, length, new, RECENT)
     held = is_sink | (position >= tl.maximum(first_recent, SINKS))
     return position, held & (slot < SINKS + RECENT) & (position < end)
-
-
-@gluon.constexpr_function
-def by_vectors(vectors: int, dim: int):
-    """Lane 4r + c: of vectors r and r + 8 the dims 8c .. 8c + 7 of every 32."""
-    registers = [[0, 1], [0, 2], [0, 4]] + [[0, d] for d in (32, 64, 128) if d < dim]
-    registers += [[8, 0]] if vectors == 16 else []
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [vectors, dim])
 
 
 @gluon.constexpr_function
@@ -120,13 +118,6 @@ def load_tile(
 
 
 @gluon.jit
-def sum_operand(x, VECTORS: gl.constexpr, DIM: gl.constexpr):
-    """Vectors `by_vectors` [vectors, dim] with dims as a sum has them: of every 32, eight of a lane."""
-    x = gl.reshape(x, [VECTORS, DIM // 32, 4, 2, 2, 2])
-    return gl.reshape(gl.permute(x, [0, 1, 3, 4, 2, 5]), [VECTORS, DIM])
-
-
-@gluon.jit
 def attend_to_exact(
     run, batch, kv_head, kv_row, q_ptr, k_ptr, v_ptr, exact_ptr, part_ptr, log_ptr, exact_from_ptr,
     seq_lens_ptr, bounds_ptr, mask_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b,
@@ -152,14 +143,8 @@ def attend_to_exact(
     length = gl.load(seq_lens_ptr + batch * lens_stride)
     exact_from = gl.load(exact_from_ptr + batch * from_stride, cache_modifier=".cg").to(gl.int32)
 
-    # Rows are token-major, the heads of a group fastest.
-    QUERIES: gl.constexpr = by_vectors(ROWS, K_DIM)
-    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, QUERIES))
-    dim = gl.arange(0, K_DIM, layout=gl.SliceLayout(0, QUERIES))
     q_ptr += batch * q_stride_b + kv_head * HEADS * q_stride_h
-    q_ptrs = q_ptr + (row % HEADS).to(gl.int64) * q_stride_h + (row // HEADS).to(gl.int64) * q_stride_t
-    mask = (row < rows)[:, None] & (dim >= 0)[None, :]
-    q = gl.load(q_ptrs[:, None] + dim[None, :] * q_stride_d, mask=mask, other=0.0, cache_modifier=".cg")
+    q = load_rows(q_ptr, first_row, rows, q_stride_h, q_stride_t, q_stride_d, ROWS, K_DIM, HEADS)
     row = first_row + gl.arange(0, ROWS, layout=COLUMNS)
     valid = row < rows
     low, high = visible_slots(
@@ -184,11 +169,10 @@ def attend_to_exact(
             SINKS, RECENT, by_dims(TILE, V_DIM)),)  # fmt: skip
     gl.inline_asm_elementwise(FENCE, "=r", [], gl.int32, False, 1)
 
-    q = gl.convert_layout(gl.permute(sum_operand(q, ROWS, K_DIM), [1, 0]), SECOND, assert_trivial=True)
+    q = second_operand(q, SECOND)
     s = ()
     for i in gl.static_range(TILES):
-        operand = gl.convert_layout(sum_operand(k[i], TILE, K_DIM), FIRST, assert_trivial=True)
-        x = mma_v2(operand, q, gl.zeros([TILE, ROWS], gl.float32, MMA))
+        x = mma_v2(first_operand(k[i], FIRST), q, gl.zeros([TILE, ROWS], gl.float32, MMA))
         x = squash(x * (scale * LOG2_E), SOFTCAP)
         slot = first_slot + i * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, MMA))
         position, held = exact_positions(slot, length, exact_from, new, state[3], SINKS, RECENT)

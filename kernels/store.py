@@ -45,28 +45,22 @@ def pack_plane(row_ptr, codes, valid, BITS: tl.constexpr, STRIDE: tl.constexpr, 
 
 
 @triton.jit
-def load_vectors(x_ptr, stride_d, exists, DIM: tl.constexpr):
-    dims = tl.arange(0, triton.next_power_of_2(DIM))
-    mask = exists[:, None] & (dims < DIM)[None, :]
-    return tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
-
-
-@triton.jit
 def store_vectors(
-    x, x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept,
+    x_ptr, stride_d, rotation_ptr, mean_ptr, row_ptr, scale_ptr, exact_ptr, exists, valid, kept,
     HAS_MEAN: tl.constexpr, HAS_EXACT: tl.constexpr, BITS: tl.constexpr, MAGNITUDES: tl.constexpr,
     UNIT: tl.constexpr, DIM: tl.constexpr, BYTE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Quantise vectors `x` [vectors, dims] at `x_ptr` into rows at `row_ptr` and scales at `scale_ptr`.
+    """Quantise vectors at `x_ptr` [vectors] into rows at `row_ptr` and scales at `scale_ptr`.
 
     Less the means at `mean_ptr` [vectors]. Those that are `kept` are copied to `exact_ptr` [vectors] too:
-    after all loads, which no assembler moves before a store, and of which decoding waits for each.
+    after the loads, none of which an assembler moves before a store.
     """
     VECTORS: tl.constexpr = valid.shape[0]
     EIGHTH: tl.constexpr = DIM // 8
     OCTANT: tl.constexpr = triton.next_power_of_2(EIGHTH)
     dims = tl.arange(0, triton.next_power_of_2(DIM))
     mask = exists[:, None] & (dims < DIM)[None, :]
+    x = tl.load(x_ptr[:, None] + dims[None, :] * stride_d, mask=mask, other=0.0)
     if HAS_MEAN:
         mean = tl.load(mean_ptr[:, None] + dims[None, :], mask=mask, other=0.0)
     if DIM == 8 * OCTANT:
@@ -152,7 +146,6 @@ def store_kernel(
         x_ptr = k_ptr + batch * k_stride_b + head * k_stride_h + token * k_stride_t
         row_ptr = page_ptr + slot * (K_DIM * K_BITS // 8)
         scale_ptr = (page_ptr + k_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
-        keys = load_vectors(x_ptr, k_stride_d, exists, K_DIM)
         mean_ptrs = mean_ptr
         if HAS_MEAN:
             where = (table_ptr + batch * table_stride_b, table_stride_n, cache_stride_b, cache_stride_h)
@@ -161,16 +154,15 @@ def store_kernel(
                 position - token, new, segments, inside, K_BITS, K_LO, K_HI, K_DIM, PAGE, BLOCK_K,
             )  # fmt: skip
         store_vectors(
-            keys, x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists,
-            valid, kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
+            x_ptr, k_stride_d, k_rotation_ptr, mean_ptrs, row_ptr, scale_ptr, exact_ptr, exists, valid,
+            kept, HAS_MEAN, HAS_EXACT, K_BITS, K_MAGNITUDES, K_UNIT, K_DIM, 1, BLOCK_K,
         )  # fmt: skip
     else:
         x_ptr = v_ptr + batch * v_stride_b + head * v_stride_h + token * v_stride_t
         row_ptr = page_ptr + v_rows_offset + slot // GROUP * GROUP * (V_DIM * V_BITS // 8)
         scale_ptr = (page_ptr + v_scales_offset).to(tl.pointer_type(tl.bfloat16)) + slot
-        values = load_vectors(x_ptr, v_stride_d, exists, V_DIM)
         store_vectors(
-            values, x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
+            x_ptr, v_stride_d, v_rotation_ptr, mean_ptr, row_ptr + slot % GROUP, scale_ptr,
             exact_ptr + K_DIM, exists, valid, kept, False, HAS_EXACT, V_BITS, V_MAGNITUDES, V_UNIT,
             V_DIM, GROUP, BLOCK_K,
         )  # fmt: skip
