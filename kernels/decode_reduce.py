@@ -70,6 +70,10 @@ def decode_reduce_kernel(
     batch_head = kv_row * HEADS + row % HEADS
     batch, head = batch_head // heads, batch_head % heads
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if ROTATION == HADAMARD:
+        # Dims, not splits, lie side by side in warps: no two of these have the same sum, which each would
+        # write for the transform.
+        dims = tl.max_contiguous(dims, 1)
 
     missing = 0.0
     if HAS_LENS:
