@@ -105,10 +105,13 @@ def order_table() -> str:
     for order in ORDERS:
         head_dim = f"at most {order.widest_head}" if order.widest_head else ""
         queries = f"at least {order.fewest_queries}" if order.fewest_queries else ""
+        keys = f"at most {order.most_keys}" if order.most_keys else ""
+        window = f"at most {order.widest_window}" if order.widest_window else ""
         gpus = ", ".join(f"SM{major}x" for major in order.majors)
-        cells = (gpus, order.phase, ", ".join(order.masks), head_dim, queries)
+        cells = (gpus, order.phase, ", ".join(order.masks), head_dim, queries, keys, window)
         rows.append([*(cell or "any" for cell in cells), ", ".join(order.names)])
-    return table(["GPU", "phase", "mask", "head_dim", "queries", "order"], rows)
+    limits = ["GPU", "phase", "mask", "head_dim", "queries", "keys of the batch", "window"]
+    return table([*limits, "order"], rows)
 
 
 def measured_table() -> str:

@@ -7,6 +7,7 @@ used when it is asked for by name only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .call import AttentionCall
@@ -34,6 +35,8 @@ class Order:
         masks: see `mask_kind`.
         widest_head: the largest head_dim.
         fewest_queries: the least q_len.
+        most_keys: the most tokens of all rows of the batch together.
+        widest_window: the most keys that a query sees.
         first: backends that come before PyTorch's choice, best first.
     """
 
@@ -42,6 +45,8 @@ class Order:
     masks: tuple[str, ...] = ()
     widest_head: int | None = None
     fewest_queries: int = 0
+    most_keys: int | None = None
+    widest_window: int | None = None
     first: tuple[str, ...] = ()
 
     @property
@@ -54,6 +59,8 @@ class Order:
         limits = [f"{self.phase or 'anything'} {'/'.join(self.masks)}".rstrip()]
         limits += [f"head_dim<={self.widest_head}"] if self.widest_head else []
         limits += [f"q_len>={self.fewest_queries}"] if self.fewest_queries else []
+        limits += [f"batch_size*kv_len<={self.most_keys}"] if self.most_keys else []
+        limits += [f"window<={self.widest_window}"] if self.widest_window else []
         return ", ".join(limits)
 
     def fits(self, call: AttentionCall) -> bool:
@@ -65,32 +72,38 @@ class Order:
             and (not self.masks or mask_kind(call) in self.masks)
             and (self.widest_head is None or (call.head_dim or 0) <= self.widest_head)
             and (call.q_len or 0) >= self.fewest_queries
+            and (self.most_keys is None or keys_of(call) <= self.most_keys)
+            and (self.widest_window is None or window_of(call) <= self.widest_window)
         )
 
 
 # SM90: measured on an H200, benchmarks/results/backends.json. FlashAttention 3 and 4 lead where scores are
 # hidden, cuDNN (PyTorch's own choice there) where few are; FlashAttention 4 is slow for short queries, and
-# does not split keys. torch's FlashAttention 2 is better than our kernel for many queries, worse for a few.
+# does not split keys. Our kernels are ahead of torch's FlashAttention 2, of FlashAttention 4 in narrow
+# windows (their tiles are smaller), and of cuDNN for one query and few keys.
 # FlexAttention and FlashInfer's kernels are compiled for seconds to minutes at their first call: the former
 # comes when nothing else can; the latter, never the best, after it, and only if that is done already.
 # Padding (padding.json): ours, but for encoders with larger heads, where FlashAttention 3 over ragged
 # sequences wins although tokens are counted, gathered and scattered.
 # Other GPUs: not measured. What is native there by its documentation, PyTorch's choice where it has a flag.
 ORDERS = (
+    Order((9,), "decode", (FULL,), widest_head=128, most_keys=8192, first=("triton", "cudnn")),
     Order((9,), "decode", (FULL,), widest_head=128, first=("cudnn",)),
-    Order((9,), "decode", (FULL,), first=("fa3", "torch_flash")),
+    Order((9,), "decode", (FULL,), first=("fa3", "triton")),
     Order((9,), "decode", (BAND,), first=("fa3", "triton", "torch_flash")),
     Order((9,), "prefill", (FULL,), widest_head=64),
     Order((9,), "prefill", (FULL,), first=("fa3",)),
     Order((9,), "prefill", (CAUSAL,), widest_head=128, fewest_queries=1024, first=("fa3", "fa4")),
     Order((9,), "prefill", (CAUSAL,), fewest_queries=1024, first=("fa4", "fa3")),
     Order((9,), "prefill", (CAUSAL,), first=("fa3",)),
-    Order((9,), "prefill", (BAND,), first=("fa3", "fa4", "torch_flash", "triton")),
+    Order((9,), "prefill", (BAND,), widest_head=64, widest_window=256, first=("triton",)),
+    Order((9,), "prefill", (BAND,), first=("fa3", "fa4", "triton", "torch_flash")),
     Order((9,), "prefill", (PADDED,), widest_head=64, first=("triton",)),
     Order((9,), "prefill", (PADDED,), first=("fa3", "triton")),
     Order((9,), "prefill", (PADDED_CAUSAL,), first=("triton",)),
     Order((10, 11), "prefill", (BAND,), first=("fa4", "torch_flash", "triton")),
     Order((8, 12), "prefill", (BAND,), first=("fa2", "torch_flash", "triton")),
+    Order((), "decode", (FULL,)),
     Order(first=("triton",)),
 )
 
@@ -106,6 +119,19 @@ def mask_kind(call: AttentionCall) -> str:
     if call.window == (None, None):
         return FULL
     return CAUSAL if call.alignment == "equal" and call.window == (None, 0) else BAND
+
+
+def keys_of(call: AttentionCall) -> float:
+    """The tokens of all rows of the batch; infinity if they are not known."""
+    if call.batch_size is None or call.kv_len is None:
+        return math.inf
+    return call.batch_size * call.kv_len
+
+
+def window_of(call: AttentionCall) -> float:
+    """The most keys that a query sees by a window; infinity without one."""
+    back, ahead = call.window
+    return math.inf if back is None or ahead is None else back + ahead + 1
 
 
 def orders_of(capability: tuple[int, int] | None) -> list[Order]:

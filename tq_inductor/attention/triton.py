@@ -17,7 +17,9 @@ def why_not(call: AttentionCall) -> list[str]:
     # On a GPU SDPA has to be given an interval as a dense mask: benchmarks/results/prefill.json.
     masked = call.device == "cuda" and call.interval
     beyond_sdpa = call.sinks or call.softcap is not None
-    if not (call.bounded or beyond_sdpa or masked):
+    # A few queries are memory's speed whoever reads it; which of two is ahead is the order's business.
+    decode = call.device == "cuda" and call.phase == "decode"
+    if not (call.bounded or beyond_sdpa or masked or decode):
         reasons.append(
             f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
         )
