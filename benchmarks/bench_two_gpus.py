@@ -60,6 +60,11 @@ def new_cache(kind: str, model: PreTrainedModel, max_len: int) -> Cache:
     return TurboQuantCache(model.config, max_len, kv_format=kind)
 
 
+def report(what: str) -> None:
+    """Say when this process, one of several, has come how far."""
+    print(f"  {time.strftime('%X')} rank {os.environ.get('RANK', 0)}: {what}", flush=True)
+
+
 @torch.no_grad()
 def run(
     model: PreTrainedModel, kind: str, ids: torch.Tensor, mode: str
@@ -74,6 +79,7 @@ def run(
     cache = new_cache(kind, model, ids.shape[1])
     for chunk in ids[:, :prompt_len].split(CHUNK, 1):
         model.forward(chunk, past_key_values=cache, logits_to_keep=1)  # not compiled
+    report(f"{kind}: the prompt is read")
     times, logits = [], []
     for i in range(prompt_len, ids.shape[1]):
         start = time.perf_counter()
@@ -83,6 +89,8 @@ def run(
                 torch.cuda.synchronize(gpu)
         times.append(time.perf_counter() - start)
         logits.append(out.float().cpu())
+        if i < prompt_len + WARM_UP:
+            report(f"{kind}: a first step took {times[-1]:.1f} s")
     figures = {
         "layers": model.config.num_hidden_layers,
         "median_ms": round(statistics.median(times[WARM_UP:]) * 1e3, 3),
@@ -108,6 +116,7 @@ def child(way: str, folder: Path, batch: int, context: int) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = load(way, folder, device)
+    report("the model is loaded")
     generator = torch.Generator().manual_seed(0)
     shape = (batch, context + WARM_UP + STEPS)
     ids = torch.randint(3, model.config.vocab_size, shape, generator=generator).to(device)
