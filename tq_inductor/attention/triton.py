@@ -17,8 +17,8 @@ def why_not(call: AttentionCall) -> list[str]:
     # On a GPU SDPA has to be given an interval as a dense mask: benchmarks/results/prefill.json.
     masked = call.device == "cuda" and call.interval
     beyond_sdpa = call.sinks or call.softcap is not None
-    # A few queries are memory's speed whoever reads it; which of two is ahead is the order's business.
-    decode = call.device == "cuda" and call.phase == "decode"
+    # A few queries go at memory's speed, whoever reads it: who is ahead is the order's business.
+    decode = call.device == "cuda" and call.phase == "decode" and call.mask == "none"
     if not (call.bounded or beyond_sdpa or masked or decode):
         reasons.append(
             f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
