@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 
 from tq_inductor import KVFormat, PackedKVCache, cli
 from tq_inductor.calibrate import bytes_per_token, cheapest, measure
+from tq_inductor.corpus import held_out_text
 from tq_inductor.errors import FormatError, UsageError
-from tq_inductor.generate_text import DEMO_MODEL
+from tq_inductor.generate_text import DEMO_MODEL, load_checkpoint
 from tq_inductor.layer_formats import read_policy
+from tq_inductor.look_ups import CUE, STRING, STRINGS, with_look_ups
 from tq_inductor.read_back import cache_to_read_back, packed_layers
 
 pytest.importorskip("matplotlib")
@@ -83,9 +85,39 @@ def test_prices_of_packed_layers():
     ids = torch.randint(2, 99, (1, 200))
     calls = []
     nothing, fine, coarse = measure(model, ids, [{}, {0: "k8v8"}, {0: "k2v2"}], lambda: calls.append(1))
-    assert nothing == 0
-    assert 0 < fine < coarse / 10
+    assert nothing.price == 0
+    assert 0 < fine.text < coarse.text / 10
     assert len(calls) == 3
+    assert (fine.asked, fine.found < 4) == (16, True)  # it has learned nothing
+    assert fine.price == fine.text
+
+
+def test_look_ups_are_strings_that_come_again():
+    window = torch.randint(256, (1, 1024))
+    ids, asked = with_look_ups(window, torch.Generator().manual_seed(0))
+    assert asked.sum() == STRINGS * STRING
+    assert ids.shape == window.shape
+    text = bytes(ids[0].tolist())
+    for i in range(STRINGS):
+        line = text[1024 - (STRINGS - i) * (CUE + STRING) :][: CUE + STRING]
+        assert text.count(line) == 2
+        place = text.rindex(line)
+        assert asked[place : place + CUE + STRING].tolist() == [False] * 3 + [True] * 16 + [False]
+    short, none = with_look_ups(window[:, :100], torch.Generator())
+    assert torch.equal(short, window[:, :100])
+    assert not none.any()
+
+
+def test_a_layer_that_looks_up_is_told_from_others():
+    """On text alone the demo model's layers seem much alike; layer 5 finds what is repeated."""
+    tokenizer, model = load_checkpoint(DEMO_MODEL, "auto")
+    text = held_out_text()["configparser"][:1024].decode()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    moved = measure(model.float(), ids, [{i: "k2v2"} for i in range(7)])
+    assert moved[0].found > 0.25 * moved[0].asked
+    look_ups = [m.look_ups for m in moved]
+    assert look_ups.index(max(look_ups)) == 5
+    assert moved[5].price > 2 * sorted(look_ups)[3]
 
 
 def test_bytes_are_those_of_the_cache():

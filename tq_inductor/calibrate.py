@@ -6,6 +6,9 @@ add up, so the formats with the least sum at a given number of bytes are found e
 together is measured at the end, beside one format for all layers at as many bytes, which stays if it is
 better.
 
+To the divergence on the text is added that on look-ups (`look_ups.py`), where an exact cache finds them: a
+layer that finds what was read long ago costs little on most text, and everything where it is needed.
+
 A text is read in one pass for each measurement, but every key and value that attention sees has been
 packed: a cache read in chunks would show the same error.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from .cache import TurboQuantCache
 from .errors import UsageError
 from .format import KVFormat
 from .generate_text import DEMO_MODEL, load_checkpoint
+from .look_ups import LEAST_FOUND, found, with_look_ups
 from .read_back import cache_to_read_back, packed_layers
 
 FORMATS = ("k8v8", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
@@ -64,13 +69,13 @@ def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> Sizes:
     }
 
 
-def divergence(exact: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean KL of predictions from exact ones in nats a token, of logits `[1, n, vocabulary]`."""
-    total = 0.0
-    for p, q in zip(exact[0].split(128), found[0].split(128), strict=True):  # bounds the memory
+def divergence(exact: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """KL of predictions from exact ones in nats `[n]`, of logits `[1, n, vocabulary]`."""
+    nats = []
+    for p, q in zip(exact[0].split(128), moved[0].split(128), strict=True):  # bounds the memory
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum().item()
-    return total / exact.shape[1]
+        nats.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(nats)
 
 
 def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
@@ -101,28 +106,57 @@ def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
     return dict(zip(prices, min(best.values())[1], strict=True))
 
 
+@dataclass(frozen=True)
+class Moved:
+    """How far predictions move, in nats: a token of the text, and a token that is looked up in it.
+
+    `asked` tokens were to look up; `found` of them an exact cache finds, and they alone count.
+    """
+
+    text: float
+    look_ups: float
+    found: int
+    asked: int
+
+    @property
+    def price(self) -> float:
+        """Both together; of a model that does not look up, the text's."""
+        return self.text + (self.look_ups if self.found >= LEAST_FOUND * max(1, self.asked) else 0.0)
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
     ids: torch.Tensor,
     choices: Sequence[dict[int, str]],
     measured: Callable[[], object] = lambda: None,
-) -> list[float]:
-    """How far predictions move with each choice of formats: mean KL in nats a token.
+) -> list[Moved]:
+    """How far predictions move with each choice of formats.
 
     Args:
-        ids: `[1, n]`, read in windows of `WINDOW` tokens, each from an empty cache.
+        ids: `[1, n]`, read in windows of `WINDOW` tokens, each from an empty cache, as they are and with
+            look-ups, always the same.
         choices: the formats of the layers that are packed; the others are exact.
         measured: called after each choice of each window.
     """
-    totals, tokens = [0.0] * len(choices), 0
+    generator = torch.Generator().manual_seed(0)
+    text, look_ups = [0.0] * len(choices), [0.0] * len(choices)
+    asked_count = found_count = 0
     for window in ids.split(WINDOW, 1):
-        exact = _logits(model, window, {})
-        tokens += window.shape[1]
+        hidden, asked = with_look_ups(window, generator)
+        exact, exact_hidden = (_logits(model, x, {}) for x in (window, hidden))
+        counted = found(exact_hidden, hidden, asked)
+        asked_count, found_count = asked_count + int(asked.sum()), found_count + int(counted.sum())
         for i, formats in enumerate(choices):
-            totals[i] += divergence(exact, _logits(model, window, formats)) * window.shape[1]
+            text[i] += divergence(exact, _logits(model, window, formats)).sum().item()
+            if counted.any():
+                moved = divergence(exact_hidden, _logits(model, hidden, formats))
+                look_ups[i] += moved[counted].sum().item()
             measured()
-    return [total / tokens for total in totals]
+    return [
+        Moved(t / ids.shape[1], k / max(1, found_count), found_count, asked_count)
+        for t, k in zip(text, look_ups, strict=True)
+    ]
 
 
 def _logits(model: PreTrainedModel, window: torch.Tensor, formats: dict[int, str]) -> torch.Tensor:
@@ -172,28 +206,37 @@ def calibrate(
         windows = len(ids.split(WINDOW, 1))
         task = progress.add_task("layers and formats", total=windows * (len(alone) + 2))
         measured = partial(progress.advance, task)
-        found = measure(network, ids, [{i: name} for i, name in alone], measured)
-        prices: Prices = {i: {} for i in sizes}
-        for (i, name), nats in zip(alone, found, strict=True):
-            prices[i][name] = nats
+        moved = measure(network, ids, [{i: name} for i, name in alone], measured)
+        by_layer: dict[int, dict[str, Moved]] = {i: {} for i in sizes}
+        for (i, name), of_format in zip(alone, moved, strict=True):
+            by_layer[i][name] = of_format
+        prices: Prices = {i: {name: m.price for name, m in of.items()} for i, of in by_layer.items()}
         everywhere = dict.fromkeys(sizes, budget)
         chosen = cheapest(prices, sizes, sum(of_layer[budget] for of_layer in sizes.values()))
-        nats_everywhere, nats = measure(network, ids, [everywhere, chosen], measured)
-    if nats_everywhere <= nats:
-        chosen, nats = everywhere, nats_everywhere
+        moved_everywhere, moved_chosen = measure(network, ids, [everywhere, chosen], measured)
+    if moved_everywhere.price <= moved_chosen.price:
+        chosen, moved_chosen = everywhere, moved_everywhere
     count = len(TurboQuantCache(network.config, 16).layers)
     policy = {
         "kv_format": [chosen.get(i, "bf16") for i in range(count)],
         "bytes_per_token": sum(sizes[i][name] for i, name in chosen.items()),
-        "kl_nats": nats,
+        "kl_nats": moved_chosen.text,
+        "kl_nats_of_look_ups": moved_chosen.look_ups,
+        "look_ups": {"asked": moved_chosen.asked, "found": moved_chosen.found},
         "budget": {
             "kv_format": budget,
             "bytes_per_token": sum(of_layer[budget] for of_layer in sizes.values()),
-            "kl_nats": nats_everywhere,
+            "kl_nats": moved_everywhere.text,
+            "kl_nats_of_look_ups": moved_everywhere.look_ups,
         },
         "model": str(model or DEMO_MODEL.name),
         "tokens": ids.shape[1],
-        "kl_nats_of_one_layer": {str(i): of_layer for i, of_layer in prices.items()},
+        "kl_nats_of_one_layer": {
+            str(i): {name: m.text for name, m in of.items()} for i, of in by_layer.items()
+        },
+        "kl_nats_of_look_ups_in_one_layer": {
+            str(i): {name: m.look_ups for name, m in of.items()} for i, of in by_layer.items()
+        },
     }
     console.print(describe(policy), highlight=False)
     return policy
@@ -202,12 +245,16 @@ def calibrate(
 def describe(policy: dict[str, Any]) -> Table:
     """The choice of each layer, its price alone, and what all cost together, as a table."""
     budget = policy["budget"]
-    table = Table("layer", "format", "KL of it alone, nats a token")
+    table = Table("layer", "format", "KL of it alone, nats a token", "on look-ups")
     for i, of_layer in policy["kl_nats_of_one_layer"].items():
         name = policy["kv_format"][int(i)]
-        table.add_row(i, name, f"{of_layer[name]:.2g}")
+        found_again = policy["kl_nats_of_look_ups_in_one_layer"][i][name]
+        table.add_row(i, name, f"{of_layer[name]:.2g}", f"{found_again:.2g}")
+    sums = [f"{x['kl_nats']:.2g} + {x['kl_nats_of_look_ups']:.2g}" for x in (policy, budget)]
+    look_ups = policy["look_ups"]
     table.caption = (
-        f"together {policy['kl_nats']:.2g} nats at {policy['bytes_per_token']:,} bytes a token; "
-        f"{budget['kv_format']} everywhere {budget['kl_nats']:.2g} at {budget['bytes_per_token']:,}"
+        f"together {sums[0]} nats at {policy['bytes_per_token']:,} bytes a token; "
+        f"{budget['kv_format']} everywhere {sums[1]} at {budget['bytes_per_token']:,}; "
+        f"an exact cache finds {look_ups['found']:,} of {look_ups['asked']:,} look-ups"
     )
     return table
