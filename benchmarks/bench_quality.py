@@ -105,7 +105,7 @@ def main() -> None:
     runs = {
         "sphere": run_sphere,
         "synthetic": run_synthetic,
-        "formats": lambda: run_model(lists.FORMATS),
+        "formats": lambda: run_model(lists.ON_THE_DEMO_MODEL),
         "large_bias": lambda: run_model(lists.LARGE_BIAS, "demo model with large biases of keys", True),
         "recall": run_recall,
         "ideas": lambda: run_model(lists.IDEAS),

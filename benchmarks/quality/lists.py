@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 from tq_inductor.layer_formats import exact_tokens
 
@@ -30,7 +32,15 @@ def cached_without(name: str) -> Scheme:
     return cached(name, sinks=0, recent=0)
 
 
+def calibrated(budget: str) -> Scheme:
+    """A `TurboQuantCache` with the policy of `calibrate` at this format's bytes (`calibrate.json`)."""
+    names = tuple(CALIBRATED[budget]["kv_format"])
+    return Scheme(f"TurboQuantCache, calibrated at {budget}", budget[1], budget[3], policy=names)
+
+
 NAMES = ("k8v4", "k4v4", "k3v3", "k2v2")
+CALIBRATED = json.loads((Path(__file__).parents[1] / "results/calibrate.json").read_text())["budgets"]
+POLICIES = tuple(map(calibrated, ("k3v3", "k3v2")))
 CACHES = (
     *map(cached, NAMES),
     cached("k4v4", recent=124),
@@ -50,6 +60,7 @@ FORMATS = (
     *CACHES,
     *VLLM,
 )
+ON_THE_DEMO_MODEL = (*FORMATS, cached("k3v2"), *POLICIES)
 # Plain codes beside what the package does.
 LARGE_BIAS = (
     FORMATS[1],
@@ -59,7 +70,12 @@ LARGE_BIAS = (
     VLLM[1],
     VLLM[3],
 )
-RECALL = (*map(cached, NAMES[1:]), *map(cached_without, NAMES[1:]), VLLM[1])
+RECALL = (
+    *map(cached, ("k4v4", "k3v3", "k3v2", "k2v2")),
+    *POLICIES,
+    *map(cached_without, NAMES[1:]),
+    VLLM[1],
+)
 
 
 def changed(base: str, label: str, **changes: object) -> Scheme:

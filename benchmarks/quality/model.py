@@ -97,11 +97,15 @@ class Reader:
             moments.append(torch.diag_embed(energy))
         return moments[0], moments[1]
 
+    def in_layer(self, attention: torch.nn.Module) -> Scheme:
+        """The scheme of this layer."""
+        return self.scheme.in_layer(attention.layer_idx, len(self.layers))
+
     def read_back(
         self, attention: torch.nn.Module, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer's cache gives for keys and values `[B, Hkv, L, D]`."""
-        scheme = self.scheme.in_layer(attention.layer_idx, len(self.layers))
+        scheme = self.in_layer(attention)
         if scheme.cache:
             return through_cache(scheme.cache, k, v, FIRST_CHUNK)
         k_balance, v_balance = self.balances[attention.layer_idx]
@@ -114,16 +118,17 @@ class Reader:
         self, attention: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Causal attention of q `[B, H, L, D]` -> `[B, L, H, D]`, a chunk of queries at a time."""
-        raw = (k, v)
+        raw, scheme = (k, v), self.in_layer(attention)
         read = self.read_back(attention, k, v)
         chunks = []
         for start in range(0, q.shape[2], FIRST_CHUNK):
             queries = q[:, :, start : start + FIRST_CHUNK]
-            chunks.append(self._attend_chunk(queries, start, raw, read))
+            chunks.append(self._attend_chunk(scheme, queries, start, raw, read))
         return torch.cat(chunks, 2).transpose(1, 2)
 
+    @staticmethod
     def _attend_chunk(
-        self,
+        scheme: Scheme,
         q: torch.Tensor,
         start: int,
         raw: tuple[torch.Tensor, torch.Tensor],
@@ -135,12 +140,12 @@ class Reader:
         hidden = keys > queries
         source = raw if start == 0 else read
         k, v = (x[:, :, :end].repeat_interleave(groups, 1) for x in source)
-        kept = (keys < self.scheme.sinks) | (keys > queries - self.scheme.recent)
+        kept = (keys < scheme.sinks) | (keys > queries - scheme.recent)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         if start == 0 or not kept[~hidden].any():
             return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
         # Sixteen-bit tokens lie in two ranges of keys: the sinks, and from the first query's window on.
-        ranges = (slice(0, self.scheme.sinks), slice(max(start + 1 - self.scheme.recent, 0), end))
+        ranges = (slice(0, scheme.sinks), slice(max(start + 1 - scheme.recent, 0), end))
         raw_k, raw_v = (x[:, :, :end].bfloat16().float().repeat_interleave(groups, 1) for x in raw)
         for span in ranges:
             exact = q @ raw_k[:, :, span].mT / q.shape[-1] ** 0.5

@@ -12,6 +12,7 @@ import torch
 
 from tq_inductor import PackedKVCache
 from tq_inductor.beside import DECODE_TOKENS, SEGMENT
+from tq_inductor.layer_formats import exact_tokens
 
 from .codes import CODES, Code
 
@@ -37,6 +38,7 @@ class Scheme:
         sinks, recent: tokens at the beginning and at the end that every query sees in 16 bits.
         ends: first and last layers that keep keys and values in 8 bits.
         cache: the format of a real cache of the package, which then takes the place of codes and shift.
+        policy: such a format for each layer instead, with as many exact tokens as it has by default.
     """
 
     name: str
@@ -50,16 +52,21 @@ class Scheme:
     recent: int = 0
     ends: int = 0
     cache: str = ""
+    policy: tuple[str, ...] = ()
 
     def in_layer(self, layer: int, layers: int) -> Scheme:
         """The scheme of one of `layers` layers."""
+        if self.policy:
+            name = self.policy[layer]
+            sinks, recent = exact_tokens(name, None, None)
+            return replace(self, k=name[1], v=name[3], sinks=sinks, recent=recent, cache=name, policy=())
         end = min(layer, layers - 1 - layer) < self.ends
         return replace(self, k="8", v="8") if end else self
 
     def bytes_per_token(self, head_dim: int, layers: int) -> float:
         """Bytes per token and KV head, mean over layers; sinks, window and frames do not grow with it."""
         used = [self.in_layer(i, layers) for i in range(layers)]
-        means = 2 * head_dim / SEGMENT if self.cache else 0
+        means = 2 * head_dim / SEGMENT if used[0].cache else 0
         codes = sum(CODES[s.k].bytes_of(head_dim) + CODES[s.v].bytes_of(head_dim) for s in used)
         return codes / layers + means
 
