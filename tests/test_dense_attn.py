@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.library import opcheck
 from torch.nn import functional as F
+from tq_inductor.lowering.describe_call import describe
 from tq_inductor.lowering.rewrite import rewrite
 
 import tq_inductor.ops  # noqa: F401
-from tq_inductor.attention import select
+from tq_inductor.attention import select, triton
+from tq_inductor.attention.call import AttentionCall
 from tq_inductor.attention.limits import Limits
 
 OPS = torch.ops.tq_inductor
@@ -203,3 +205,50 @@ class TestWhatIsSaid:
 
         args = check(f, *qkv(5, 9), said=(False, "equal", -1, -1))
         assert args[9] == 5.0
+
+
+def test_our_kernel_takes_a_full_decode_call_on_a_gpu(monkeypatch):
+    """One query over all of an encoder's keys: of what is described as on an H200, nothing is masked."""
+
+    def on_an_h200(*args):
+        return dataclasses.replace(describe(*args), device="cuda", capability=(9, 0), cached=True)
+
+    monkeypatch.setattr("tq_inductor.lowering.rewrite.describe", on_an_h200)
+    found = []
+
+    def backend(gm, example_inputs):
+        rows = rewrite(gm, {"prefill": "auto", "decode": "auto"}).rows
+        found.append(
+            (rows[0].backend, [n.args[3:5] for n in gm.graph.nodes if n.target is OPS.attend.default])
+        )
+        return gm.forward
+
+    q, k, v = qkv(1, 300)
+    for f, expected in (
+        (lambda q, k, v: sdpa(q, k, v), ("triton", [(None, None)])),
+        (lambda q, k, v: sdpa(q, k, v, torch.ones(B, 1, 1, 300)), ("sdpa", [])),  # a mask that is added
+    ):
+        found.clear()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            result = torch.compile(f, backend=backend, fullgraph=True)(q, k, v)
+        assert found == [expected]
+        torch.testing.assert_close(result, f(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, False),
+        ({"is_causal": True}, True),  # top-left: not told to the kernel by its lengths
+        ({"mask": "bool"}, True),
+        ({"q_len": 17}, True),  # no decode call
+        ({"device": "cpu", "capability": None}, True),
+        ({"capability": (7, 5)}, True),
+    ],
+)
+def test_look_alikes_of_a_full_decode_call(changes, refused):
+    full = AttentionCall(
+        2, 1, 300, 8, 2, 64, 64, torch.bfloat16, "cuda", (9, 0), mask="none", alignment="equal", cached=True
+    )
+    assert bool(triton.why_not(dataclasses.replace(full, **changes))) is refused

@@ -18,7 +18,8 @@ def why_not(call: AttentionCall) -> list[str]:
     masked = call.device == "cuda" and call.interval
     beyond_sdpa = call.sinks or call.softcap is not None
     # A few queries go at memory's speed, whoever reads it: who is ahead is the order's business.
-    decode = call.device == "cuda" and call.phase == "decode" and call.mask == "none"
+    plain = call.mask == "none" and not call.is_causal
+    decode = call.device == "cuda" and call.phase == "decode" and plain
     if not (call.bounded or beyond_sdpa or masked or decode):
         reasons.append(
             f"every key is visible to some query (mask: {call.visible}): nothing to leave unread"
