@@ -144,7 +144,8 @@ MAY_IMPORT = {
     "bench": ["bench_point", "errors"],
     "plot": ["errors"],
     "read_back": ["cache", "cache_layers", "format"],
-    "calibrate": ["cache", "errors", "format", "generate_text", "read_back"],
+    "look_ups": [],
+    "calibrate": ["cache", "errors", "format", "generate_text", "look_ups", "read_back"],
     "lm_eval_model": ["cache", "layer_formats", "read_back"],
     "plot_policy": ["plot"],
 }
