@@ -30,16 +30,18 @@ def logits(step, model, ids, prompt_len):
     return torch.stack(steps)
 
 
+@pytest.mark.parametrize("kv_format", ["bf16", "k4v4"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_hand_written_model_compiled_equals_eager(device):
+def test_the_hand_written_model_compiled_equals_eager(device, kv_format):
     model = load("hand_written_model").load(device)
     ids = torch.randint(32, 127, (2, 24), device=device)
     wide = copy.deepcopy(model).float()
-    wide.make_caches(2, 40, "k4v4")
+    wide.make_caches(2, 40, kv_format)
     oracle = logits(wide, wide, ids, 16)
-    model.make_caches(2, 40, "k4v4")
+    model.make_caches(2, 40, kv_format)
     expected, eager = logits(model, model, ids, 16), [layer.self_attn.cache for layer in model.layers]
-    model.make_caches(2, 40, "k4v4")
+    model.make_caches(2, 40, kv_format)
+    torch._dynamo.reset()
     counters.clear()
     step = torch.compile(model, backend="turboquant", options={"strict": True}, fullgraph=True)
     got = logits(step, model, ids, 16)

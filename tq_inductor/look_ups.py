@@ -31,7 +31,8 @@ def with_look_ups(window: torch.Tensor, generator: torch.Generator) -> tuple[tor
     end = n - count * size
     for i in range(count):
         drawn = torch.randint(n, (size,), generator=generator).to(window.device)
-        first, again = i * end // count, end + i * size
+        # Not at the beginning, where a tokenizer may have put a token that everything attends to.
+        first, again = (2 * i + 1) * end // (2 * count), end + i * size
         ids[0, first : first + size] = ids[0, again : again + size] = window[0, drawn]
         asked[again + CUE - 1 : again + size - 1] = True
     return ids, asked
