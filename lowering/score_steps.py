@@ -99,6 +99,7 @@ def read_scores(node: fx.Node) -> Scores | None:
     steps: list[Step] = []
     nodes: list[fx.Node] = []
     sinks = None
+    shifts: list[int] = []  # how many steps follow one
     while operation(node) not in PRODUCTS:
         nodes.append(node)
         sink = appended_sinks(node)
@@ -108,6 +109,9 @@ def read_scores(node: fx.Node) -> Scores | None:
         elif shifted is not None:
             if any(isinstance(step, Squash) for step in steps):
                 raise LeftAloneError("scores become the tanh of what they are less their maximum")
+            if sinks is not None:
+                raise LeftAloneError("sinks are appended to scores less their maximum")
+            shifts.append(len(steps))
             nodes += shifted[1:]
             node = shifted[0]
         else:
@@ -120,7 +124,13 @@ def read_scores(node: fx.Node) -> Scores | None:
             node = before
     scores = _product(node)
     nodes.append(node)
-    return Scores(scores.query, scores.key, scores.steps + steps[::-1], nodes, sinks)
+    steps = scores.steps + steps[::-1]
+    for later in shifts:
+        # A row of nothing but a lowest number is zeros then, of which a mask leaves some; no mask does both.
+        parts = steps[: len(steps) - later], steps[len(steps) - later :]
+        if all(any(isinstance(step, Add | Fill) for step in part) for part in parts):
+            raise LeftAloneError("scores are masked before and after their maximum is taken from them")
+    return Scores(scores.query, scores.key, steps, nodes, sinks)
 
 
 def reaches_product(node: Any) -> bool:

@@ -96,6 +96,9 @@ def test_look_alikes_of_softcap():
         "the scores are changed by cat": lambda q, k, v, s: (
             torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v
         ),
+        "sinks are appended to scores less their maximum": lambda q, k, v, s: gpt_oss(
+            q, k, v, s, change=lambda scores, mask: scores - scores.amax(-1, keepdim=True)
+        ),
         "attention sinks: the scores are more than scaled, capped and masked once": lambda q, k, v, s: (
             gpt_oss(q, k, v, s, ~causal(), lambda scores, mask: scores.masked_fill(mask, -INF))
         ),

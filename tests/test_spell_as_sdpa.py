@@ -166,6 +166,21 @@ def test_large_finite_numbers_leave_fully_masked_rows_uniform():
         )
 
 
+def test_the_maximum_may_be_taken_before_or_after_all_masks():
+    mask = causal()
+    mask[2] = False
+    for lowest in (MIN, -INF):
+        for fn in (
+            changed(lambda s, lowest=lowest: less_maximum(less_maximum(s).masked_fill(~mask, lowest))),
+            changed(lambda s, lowest=lowest: less_maximum(s.masked_fill(~mask, lowest) * 0.5)),
+        ):
+            args = qkv()
+            if lowest == MIN:
+                assert torch.allclose(fn(*args)[:, :, 2], args[2].mean(-2), atol=1e-5)
+            _, rows, result = compiled(fn, *args)
+            torch.testing.assert_close(result, fn(*args), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_gradients_are_those_of_eager():
     def f(q, k, v, bias):
         return ((q @ k.mT + bias) * 0.3).masked_fill(~causal(), -INF).softmax(-1) @ v
@@ -329,6 +344,10 @@ def test_what_is_no_attention_is_not_reported():
 tensor_scale = torch.tensor(0.3)
 
 
+def less_maximum(scores):
+    return scores - scores.amax(-1, keepdim=True)
+
+
 REFUSED = {
     "the attention weights are used elsewhere too (by sum_1)": lambda q, k, v: (
         (w := (q @ k.mT).softmax(-1)) @ v + w.sum()
@@ -350,6 +369,10 @@ REFUSED = {
     ),
     "scale is not known at compile time": changed(lambda s: s * tensor_scale),
     "scale=-1.0 (needs a positive number)": changed(lambda s: -1 * s),
+    # A row that is MIN everywhere is 0 everywhere less its maximum, and the second mask leaves a part of it.
+    "scores are masked before and after their maximum is taken from them": changed(
+        lambda s: less_maximum(s.masked_fill(causal(), MIN)).masked_fill(~causal(), MIN)
+    ),
     "softmax over dim=-2": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
     "dropout p=0.5 while training": changed(after=lambda w: F.dropout(w, 0.5)),
     "masked scores become a number that is not known": changed(
