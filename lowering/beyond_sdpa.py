@@ -55,6 +55,10 @@ def call_beyond_sdpa(found: SoftmaxAttention) -> SDPANode:
             mask = step.bias
         else:
             raise LeftAloneError(f"{what}: the scores are more than scaled, capped and masked once")
+    if cap <= 0:
+        raise LeftAloneError(f"softcap={cap} (needs a positive number)")
+    if scale <= 0:
+        raise LeftAloneError(f"scale={scale * cap} (needs a positive number)")
     operands = (found.scores.query, found.scores.key, found.value)
     q, k, v = (operand.node for operand in operands)
     reordered = found.result_dims is not None or any(operand.dims is not None for operand in operands)

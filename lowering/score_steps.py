@@ -126,7 +126,7 @@ def read_scores(node: fx.Node) -> Scores | None:
     nodes.append(node)
     steps = scores.steps + steps[::-1]
     for later in shifts:
-        # A row of nothing but a lowest number is zeros then, of which a mask leaves some; no mask does both.
+        # A row of nothing but a lowest number is zeros then, of which a mask leaves some: no one mask does.
         parts = steps[: len(steps) - later], steps[len(steps) - later :]
         if all(any(isinstance(step, Add | Fill) for step in part) for part in parts):
             raise LeftAloneError("scores are masked before and after their maximum is taken from them")

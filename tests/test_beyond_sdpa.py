@@ -80,6 +80,8 @@ def test_look_alikes_of_softcap():
     reason = "softcap: the scores are more than scaled, capped and masked once"
     assert_left(reason, changed(lambda s: (s + float_mask).tanh() * 5), *qkv())
     assert_left(reason, changed(lambda s: s.tanh().tanh()), *qkv())
+    assert_left("softcap=-5.0 (needs a positive number)", changed(lambda s: s.tanh() * -5), *qkv())
+    assert_left("scale=-5.0 (needs a positive number)", changed(lambda s: (s * -1).tanh() * 5), *qkv())
     reason = "scores become the tanh of what they are less their maximum"
     assert_left(reason, changed(lambda s: (s - s.amax(-1, keepdim=True)).tanh() * 5), *qkv())
 

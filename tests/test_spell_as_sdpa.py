@@ -178,6 +178,7 @@ def test_the_maximum_may_be_taken_before_or_after_all_masks():
             if lowest == MIN:
                 assert torch.allclose(fn(*args)[:, :, 2], args[2].mean(-2), atol=1e-5)
             _, rows, result = compiled(fn, *args)
+            assert rows[0].rewritten
             torch.testing.assert_close(result, fn(*args), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -369,7 +370,7 @@ REFUSED = {
     ),
     "scale is not known at compile time": changed(lambda s: s * tensor_scale),
     "scale=-1.0 (needs a positive number)": changed(lambda s: -1 * s),
-    # A row that is MIN everywhere is 0 everywhere less its maximum, and the second mask leaves a part of it.
+    # A row that is MIN everywhere is 0 everywhere less its maximum; the second mask leaves a part of it.
     "scores are masked before and after their maximum is taken from them": changed(
         lambda s: less_maximum(s.masked_fill(causal(), MIN)).masked_fill(~causal(), MIN)
     ),
