@@ -55,8 +55,12 @@ def lookup_words(bits: int) -> tuple[int, int]:
 
 
 @functools.cache
-def unpack_asm(bits: int) -> str:
+def unpack_asm(bits: int, paired: bool = False) -> str:
     """PTX: the codes of a word of four bytes -> e4m3 bytes by lookup -> float16, a word of four for each.
+
+    What is looked up at once are two codes each of two bytes. With `paired` (2 and 3 bits) they stay
+    together, which saves two instructions of twelve: of each byte the first and the third code, then the
+    others of each.
 
     Operands: the results, the word, the first of `lookup_words`, and for 3 bits, of which the word has the
     magnitudes, the word whose bytes have the signs, at bits 0, 2, 4, 6. The lookup (PRMT) takes a selector
@@ -65,21 +69,24 @@ def unpack_asm(bits: int) -> str:
     tiles = codes_per_byte(bits)
     high = lookup_words(bits)[1]
     word, table, signs = (f"${4 * tiles + i}" for i in range(3))
-    lines = [".reg .b32 t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
+    lines = [".reg .b32 s, t, u, a, b, x0, x1, x2, x3;", ".reg .b16 p, q;"]
     if bits == 8:
         lines.append(f"mov.b32 x0, {word};")
+    if bits == 3:
+        lines.append(f"and.b32 s, {signs}, 0x55555555;")
     for tile in range(0 if bits == 8 else tiles // 2):  # and the tile of the other half of its bytes
         if bits == 4:
             lines.append(f"and.b32 t, {word}, 0x77777777;")
         elif bits == 2:
             lines.append(f"shr.u32 t, {word}, {2 * tile}; and.b32 t, t, 0x33333333;")
         else:  # the sign above the two bits of the magnitude
-            lines.append(f"shr.u32 t, {word}, {2 * tile}; shl.b32 u, {signs}, {2 - 2 * tile};")
-            lines.append("lop3.b32 t, t, 0x44444444, u, 0xB8; and.b32 t, t, 0x77777777;")
-        lines.append(
-            f"shr.u32 u, t, 16; prmt.b32 a, {table}, {high:#x}, t; prmt.b32 b, {table}, {high:#x}, u;"
-        )
-        lines.append(f"prmt.b32 x{tile}, a, b, 0x6420; prmt.b32 x{tile + tiles // 2}, a, b, 0x7531;")
+            lines.append(f"shr.u32 t, {word}, {2 * tile}; shl.b32 u, s, {2 - 2 * tile};")
+            lines.append("lop3.b32 t, t, 0x33333333, u, 0xE2;")
+        first, second = (f"x{2 * tile}", f"x{2 * tile + 1}") if paired else ("a", "b")
+        lines.append(f"shr.u32 u, t, 16; prmt.b32 {first}, {table}, {high:#x}, t;")
+        lines.append(f"prmt.b32 {second}, {table}, {high:#x}, u;")
+        if not paired:
+            lines.append(f"prmt.b32 x{tile}, a, b, 0x6420; prmt.b32 x{tile + tiles // 2}, a, b, 0x7531;")
     if bits == 4:
         lines.append(f"shl.b32 t, {word}, 4; lop3.b32 x0, t, 0x80808080, x0, 0xEA;")
         lines.append(f"lop3.b32 x1, {word}, 0x80808080, x1, 0xEA;")

@@ -71,9 +71,9 @@ def decode_reduce_kernel(
     batch, head = batch_head // heads, batch_head % heads
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if ROTATION == HADAMARD:
-        # Dims, not splits, lie side by side in warps: no two of these have the same sum, which each would
-        # write for the transform.
-        dims = tl.max_contiguous(dims, 1)
+        # Two dims a thread, and no thread for other splits: no two threads have the same sum, which each
+        # would write for the transform.
+        dims = tl.max_contiguous(dims, 2)
 
     missing = 0.0
     if HAS_LENS:
@@ -185,11 +185,11 @@ def reduce_splits(
     lens_stride = 0 if seq_lens is None else seq_lens.expand(batch).stride(0)
     mask_kind, mask, mask_strides = mask_arguments(attn_mask, out, max_len)
     block_d = triton.next_power_of_2(dv)
-    rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 32 else MATRIX
+    rotation = NONE if v_rotation is None else HADAMARD if block_d == dv >= 64 else MATRIX
     padded = triton.next_power_of_2(splits)
     num_warps = 16 if padded > 64 else 4 if padded > 4 else 1
-    if rotation == HADAMARD:  # a value of each half a thread: more would exchange the same values twice
-        num_warps = min(num_warps, max(1, block_d // 64))
+    if rotation == HADAMARD:  # two dims a thread
+        num_warps = min(num_warps, block_d // 64)
     if transformed:
         rotation = SIGNS
     if rotation in (NONE, SIGNS):

@@ -41,10 +41,12 @@ from .warp_tiles import (
     copy_keys,
     copy_values,
     find_page,
+    is_paired,
     key_words,
     load_queries,
     operands,
     place_byte,
+    place_of_row,
     read_scales,
     tile_pointers,
     value_layout,
@@ -83,20 +85,21 @@ def attend_tile(
     FIRST: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     TOKENS: gl.constexpr = gl.SliceLayout(1, MMA)
+    K_CODES: gl.constexpr = codes_per_byte(K_BITS)
     V_CODES: gl.constexpr = codes_per_byte(V_BITS)
     V_PIECES: gl.constexpr = V_DIM // V_CODES // 16
     N: gl.constexpr = total.shape[0]
     async_copy.wait_group(1)
     s = ()
     for m in gl.static_range(4):
-        words, signs = key_words(shared, m, K_PLANE, 2 if K_BITS == 3 else 1)
-        k = operands(words, signs, tables[0], K_ASM, K_BITS, FIRST)
+        words, signs = key_words(shared, m, K_ROW, K_BITS)
+        k = operands(words, signs, tables[0], K_ASM, K_BITS, is_paired(K_CODES), FIRST)
         x = gl.zeros([16, N], gl.float32, MMA)
-        for t in gl.static_range(codes_per_byte(K_BITS)):
+        for t in gl.static_range(2 if is_paired(K_CODES) else K_CODES):
             x = mma_v2(k[t], q[t], x)
         s += (x,)
     k_scale, v_scale = read_scales(shared[2], TOKENS), read_scales(shared[3], TOKENS)
-    copy_keys(shared, ptrs, left, K_ROW, K_PLANE)
+    copy_keys(shared, ptrs, left, K_ROW)
     s = gl.permute(gl.join(gl.join(s[0], s[1]), gl.join(s[2], s[3])), [3, 2, 0, 1])
     s = gl.convert_layout(gl.reshape(s, [TILE, N]), MMA, assert_trivial=True) * k_scale[:, None]
     if SOFTCAP != 0:  # of the whole score in base 2: from here on the factor is one
@@ -146,7 +149,7 @@ def attend_tile(
             signs = (signs.to(gl.uint32) >> (m // (V_DIM // 128))).to(gl.int32)
             signs = gl.permute(gl.reshape(signs, [4, 2, 8, 4]), [1, 2, 0, 3])
         words = gl.permute(gl.reshape(words, [4, 2, 8, 4]), [1, 2, 0, 3])
-        v = operands(words, signs if V_BITS == 3 else words, tables[1], V_ASM, V_BITS, FIRST)
+        v = operands(words, signs if V_BITS == 3 else words, tables[1], V_ASM, V_BITS, False, FIRST)
         for t in gl.static_range(V_CODES):
             new_acc += (mma_v2(v[t], p, acc[m * V_CODES + t] * decay),)
     copy_values(shared[1], ptrs[1], left, V_ROW)
@@ -175,9 +178,12 @@ def warp_split_kernel(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     K_PLANE: gl.constexpr = K_DIM // codes_per_byte(K_BITS)  # without signs, if these are separate
     V_PLANE: gl.constexpr = V_DIM // codes_per_byte(V_BITS)
-    K_WORDS: gl.constexpr = words_of_row(4 * K_PLANE)  # of a row of a piece in shared memory
+    K_PLACE: gl.constexpr = place_of_row(K_ROW)
+    K_WORDS: gl.constexpr = words_of_row(4 * K_PLACE)  # of a row of a piece in shared memory
     # Swizzled: of 8 lanes that read 16 bytes, two have neighbouring rows and four distant ones.
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    # Of keys of 3 bits they read a word each: four lanes the same 16 bytes, of eight rows.
+    SWIZZLED_KEYS: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [1, 0]) if K_BITS == 3 else SWIZZLED
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 
     if TOKENS > 0:  # the runs over exact tokens, first in the last dimension, are the first to start
@@ -243,16 +249,12 @@ def warp_split_kernel(
     else:
         page, left, has_page = cache_ptr + batch * cache_stride_b, end - first, True
         ptrs = tile_pointers(page, offsets, first, K_ROW, V_ROW)
-    keys = gl.allocate_shared_memory(gl.int32, [4, 4 * K_PLANE // K_WORDS, K_WORDS], SWIZZLED)
-    signs = gl.allocate_shared_memory(gl.int32, [1, 1, 1], SWIZZLED)
-    if K_BITS == 3:
-        SIGNS: gl.constexpr = words_of_row(2 * K_PLANE)
-        signs = gl.allocate_shared_memory(gl.int32, [4, 2 * K_PLANE // SIGNS, SIGNS], SWIZZLED)
+    keys = gl.allocate_shared_memory(gl.int32, [4, 4 * K_PLACE // K_WORDS, K_WORDS], SWIZZLED_KEYS)
     values = gl.allocate_shared_memory(gl.int32, [V_ROW // 16, 8, 32], SWIZZLED)
     k_scales = gl.allocate_shared_memory(gl.bfloat16, [SCALE_BUFFERS, 4, 8, 2], PLAIN).index(0)
     v_scales = gl.allocate_shared_memory(gl.bfloat16, [4, 8, 2], PLAIN)
-    shared = (keys, values, k_scales, v_scales, signs)
-    copy_keys(shared, ptrs, left, K_ROW, K_PLANE)
+    shared = (keys, values, k_scales, v_scales)
+    copy_keys(shared, ptrs, left, K_ROW)
     copy_values(values, ptrs[1], left, V_ROW)
     # All that a run needs is on its way before any of it is waited for.
     if HAS_MEAN:
@@ -377,7 +379,8 @@ def warp_split(
     blocks = triton.cdiv(rows, columns)
     groups, tiles = batch * kv_heads * blocks, triton.cdiv(max_len, TILE.value)
     others = batch * kv_heads * work.runs
-    longest, shared = tiles, TILE.value * fmt.slot_bytes
+    key_row = dim * fmt.k_bits // 8
+    longest, shared = tiles, TILE.value * (fmt.slot_bytes - key_row + place_of_row(key_row))
     if beside.k_mean is not None:  # whose scores have room for so many
         longest = MOST_TILES
         shared += MOST_SEGMENTS * columns * 4
@@ -385,6 +388,7 @@ def warp_split(
     partial = torch.empty((batch, kv_heads, rows, splits, dv), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, kv_heads, rows, splits), dtype=torch.float32, device=q.device)
     offsets = [plane.offset for plane in fmt.planes(fmt.page_size(cache.shape[-1]))[1:]]
+    k_asm = unpack_asm(fmt.k_bits, is_paired(codes_per_byte(fmt.k_bits)))
     exact_from, table = beside.exact_from, table_arguments(block_table, seq_lens)
     _, mask, (mask_stride_b, _, _, mask_stride_n) = mask_arguments(attn_mask, q, max_len)
     grid = (splits * blocks, kv_heads, batch)
@@ -398,7 +402,7 @@ def warp_split(
         *((0, 0) if bounds is None else bounds.stride()[:2]), mask_stride_b, mask_stride_n, *offsets, rows,
         beside.segments, q_len, max_len, splits, *work.arguments, **work.constants,
         K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, K_LO=lookup_words(fmt.k_bits)[0],
-        V_LO=lookup_words(fmt.v_bits)[0], K_ASM=unpack_asm(fmt.k_bits), V_ASM=unpack_asm(fmt.v_bits),
+        V_LO=lookup_words(fmt.v_bits)[0], K_ASM=k_asm, V_ASM=unpack_asm(fmt.v_bits),
         K_DIM=dim, V_DIM=dv, HEADS=rows // q_len, SINKS=beside.sink_tokens, RECENT=beside.recent_tokens,
         HAS_BOUNDS=bounds is not None, HAS_MASK=attn_mask is not None, HAS_MEAN=beside.k_mean is not None,
         SOFTCAP=softcap or 0.0, PAGE=tokens_of_page(cache, fmt, block_table), N=columns,

@@ -16,6 +16,12 @@ async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 
 
 @gluon.constexpr_function
+def place_of_row(row: int) -> int:
+    """Bytes of shared memory between key rows of `row` bytes."""
+    return 1 << (row - 1).bit_length()
+
+
+@gluon.constexpr_function
 def words_of_row(run: int) -> int:
     return min(32, run // 4)
 
@@ -33,7 +39,8 @@ def key_layout(row: int, parts: int):
     """Lane 4r + c: a quarter of each part of key row r // 2 * 4 + r % 2 of the piece, then of the row
     two further."""
     part = row // parts
-    registers = [4 << i for i in range((part // 16).bit_length() - 1)] + [part] * (parts - 1) + [2 * row]
+    registers = [4 << i for i in range((part // 16).bit_length() - 1)]
+    registers += [part << i for i in range(parts.bit_length() - 1)] + [2 * row]
     return read_layout(4 * row, registers, [part // 4, part // 2, row, 4 * row, 8 * row])
 
 
@@ -66,17 +73,19 @@ def read_scales(shared, layout: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(shared, ptr, left, ROW: gl.constexpr, PLANE: gl.constexpr):
-    """Start copying `PLANE` bytes of each key row; `left` tokens are left."""
+def copy_rows(shared, ptr, left, ROW: gl.constexpr):
+    """Start copying key rows of `ROW` bytes; `left` tokens are left."""
     ROWS: gl.constexpr = shared.shape[1]
     WORDS: gl.constexpr = shared.shape[2]
+    PLACE: gl.constexpr = place_of_row(ROW) // 4
     LANES: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [1, 1], [1, 0])
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LANES))[None, :]
     word += gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None] * WORDS
-    token = word // (PLANE // 4)  # of the piece
-    ptr += (token // 4 * 16 + token % 4) * (ROW // 4) + word % (PLANE // 4)
+    token = word // PLACE  # of the piece
+    ptr += (token // 4 * 16 + token % 4) * (ROW // 4) + word % PLACE
     for i in gl.static_range(4):
-        async_load(shared.index(i), ptr + i * ROW, mask=token // 4 * 16 < left)
+        mask = (token // 4 * 16 < left) & (word % PLACE < ROW // 4)
+        async_load(shared.index(i), ptr + i * ROW, mask=mask)
 
 
 @gluon.jit
@@ -119,23 +128,42 @@ def load_queries(
     ptr, first, rows, DIM: gl.constexpr, ROWS: gl.constexpr, PLANE: gl.constexpr, PARTS: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
-    """Second operands [PLANE, ROWS], one for each code of a byte, of query rows `first` .. at `ptr`."""
+    """Second operands for those that `operands` makes of keys: query rows `first` .. at `ptr`."""
     LANES: gl.constexpr = query_layout(ROWS, PLANE, PARTS)
+    CODES: gl.constexpr = DIM // PLANE
     row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LANES))[:, None]
     dim = gl.arange(0, PLANE, layout=gl.SliceLayout(0, LANES))[None, :]
+    ptr += row * DIM + dim
+    mask = (row < rows) & (dim >= 0)
     q = ()
-    for t in gl.static_range(DIM // PLANE):
-        x = gl.load(ptr + row * DIM + t * PLANE + dim, mask=(row < rows) & (dim >= 0), other=0.0)
-        # A lane's places of a sum are pairs; of every 8 there is one.
-        x = gl.reshape(x, [ROWS, PARTS, 4, PLANE // PARTS // 16, 2, 2])
-        x = gl.reshape(gl.permute(x, [1, 3, 4, 2, 5, 0]), [PLANE, ROWS])
+    # A lane's places of a sum are pairs; of every 8 there is one.
+    for t in gl.static_range(CODES // 2 if is_paired(CODES) else CODES):
+        x = gl.load(ptr + t * PLANE, mask=mask, other=0.0)
+        if is_paired(CODES):
+            x = gl.join(x, gl.load(ptr + (t + CODES // 2) * PLANE, mask=mask, other=0.0))
+            x = gl.permute(gl.reshape(x, [ROWS, PARTS, 4, PLANE // PARTS // 4, 2]), [1, 3, 2, 4, 0])
+            x = gl.reshape(x, [2 * PLANE, ROWS])
+        else:
+            x = gl.permute(gl.reshape(x, [ROWS, PARTS, 4, PLANE // PARTS // 16, 2, 2]), [1, 3, 4, 2, 5, 0])
+            x = gl.reshape(x, [PLANE, ROWS])
         q += (gl.convert_layout(x, layout, assert_trivial=True),)
     return q
 
 
+@gluon.constexpr_function
+def is_paired(codes: int) -> bool:
+    """Whether neighbours along the sum are two codes of a byte of a key, not the same code of two bytes."""
+    return codes == 4
+
+
 @gluon.jit
-def operands(words, signs, table, ASM: gl.constexpr, BITS: gl.constexpr, layout: gl.constexpr):
-    """Words [2, 8, 4, n] -> first operands [16, 16n], one for each code of a byte."""
+def operands(
+    words, signs, table, ASM: gl.constexpr, BITS: gl.constexpr, PAIRED: gl.constexpr, layout: gl.constexpr
+):
+    """Words [2, 8, 4, n] -> first operands [16, 16n], one for each code of a byte.
+
+    With `PAIRED` [16, 32n]: one for the first and the third codes, one for the others (`unpack_asm`).
+    """
     CONSTRAINTS: gl.constexpr = constraints_of(BITS)
     # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
     if BITS == 8:
@@ -149,39 +177,59 @@ def operands(words, signs, table, ASM: gl.constexpr, BITS: gl.constexpr, layout:
             float16, float16, float16, float16, float16, float16, float16, float16,
             float16, float16, float16, float16, float16, float16, float16, float16))  # fmt: skip
     tiles = ()
-    for i in gl.static_range(codes_per_byte(BITS)):
-        # [2, 8, lane, word, place % 2, which pair of the word]
-        y = gl.join(gl.join(x[4 * i], x[4 * i + 1]), gl.join(x[4 * i + 2], x[4 * i + 3]))
-        y = gl.reshape(gl.permute(y, [0, 1, 3, 5, 2, 4]), [16, 16 * words.shape[3]])
-        tiles += (gl.convert_layout(y, layout, assert_trivial=True),)
+    # [2, 8, lane, word, place % 2, which pair of the word]; of paired codes there are four pairs
+    if PAIRED:
+        for i in gl.static_range(2):
+            y = gl.join(join4(x, 8 * i), join4(x, 8 * i + 4))
+            y = gl.reshape(gl.permute(y, [0, 1, 3, 6, 5, 2, 4]), [16, 32 * words.shape[3]])
+            tiles += (gl.convert_layout(y, layout, assert_trivial=True),)
+    else:
+        for i in gl.static_range(codes_per_byte(BITS)):
+            y = gl.reshape(gl.permute(join4(x, 4 * i), [0, 1, 3, 5, 2, 4]), [16, 16 * words.shape[3]])
+            tiles += (gl.convert_layout(y, layout, assert_trivial=True),)
     return tiles
 
 
 @gluon.jit
-def copy_keys(shared, ptrs, left, ROW: gl.constexpr, PLANE: gl.constexpr):
+def join4(x, first: gl.constexpr):
+    return gl.join(gl.join(x[first], x[first + 1]), gl.join(x[first + 2], x[first + 3]))
+
+
+@gluon.jit
+def copy_keys(shared, ptrs, left, ROW: gl.constexpr):
     """Start copying the keys of a tile, of which `left` tokens are left, and the scales."""
     copy_scales(shared[2], ptrs[2], left)
     copy_scales(shared[3], ptrs[3], left)
-    copy_rows(shared[0], ptrs[0], left, ROW, PLANE)
-    if ROW > PLANE:  # signs
-        copy_rows(shared[4], ptrs[0] + PLANE // 4, left, ROW, ROW - PLANE)
+    copy_rows(shared[0], ptrs[0], left, ROW)
     async_copy.commit_group()
 
 
 @gluon.jit
-def key_words(shared, PIECE: gl.constexpr, PLANE: gl.constexpr, PARTS: gl.constexpr):
-    """Words [2, 8, 4, n] of 16 keys, and of their signs if these are separate: if there are two parts.
+def key_words(shared, PIECE: gl.constexpr, ROW: gl.constexpr, BITS: gl.constexpr):
+    """Words [2, 8, 4, n] of 16 keys, and of their signs if these are separate: if the bits are 3.
 
-    Of a byte of signs bits 0, 2, 4, 6 belong to a byte of the first part, the others to one of the second.
+    The place of a row has four parts then: two of magnitudes, one of signs and one of nothing. Of a byte of
+    signs bits 0, 2, 4, 6 belong to a byte of the first part, the others to one of the second.
     """
-    words = by_lane(shared[0].index(PIECE).load(key_layout(PLANE, PARTS)), PLANE // PARTS // 16, PARTS)
+    PLACE: gl.constexpr = place_of_row(ROW)
+    PARTS: gl.constexpr = 4 if BITS == 3 else 1
+    WORDS: gl.constexpr = PLACE // PARTS // 16
+    words = by_lane(shared[0].index(PIECE).load(key_layout(PLACE, PARTS)), WORDS, PARTS)
     signs = words
-    if PARTS == 2:
-        signs = by_lane(shared[4].index(PIECE).load(key_layout(PLANE // 2, 1)), PLANE // 32, 1)
+    if BITS == 3:
+        words, rest = halves(words)
+        signs, _ = halves(rest)
         signs = gl.join(signs, (signs.to(gl.uint32) >> 1).to(gl.int32))
         signs = gl.reshape(gl.permute(signs, [0, 1, 2, 4, 3]), words.shape)
         signs = gl.convert_layout(signs, words.type.layout, assert_trivial=True)
     return words, signs
+
+
+@gluon.jit
+def halves(words):
+    """Words [2, 8, 4, 2n] -> the first and the second n."""
+    N: gl.constexpr = words.shape[3] // 2
+    return gl.split(gl.permute(gl.reshape(words, [2, 8, 4, 2, N]), [0, 1, 2, 4, 3]))
 
 
 @gluon.jit
