@@ -13,6 +13,7 @@ runs on two processes of the CPU.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -134,6 +135,9 @@ def child(way: str, folder: Path, batch: int, context: int) -> None:
     if rank == 0:
         (folder / f"{way}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
+        torch.compiler.reset()  # the CUDA graphs: while one holds a collective, this would wait for ever
+        del model
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
