@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 WITHOUT = "-exact"
 FORMATS = (
-    *("k8v8", "k8v4", "k4v4", "k3v3", "k2v2", "bf16"),
+    *("k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k2v2", "bf16"),
     *(name + WITHOUT for name in ("k4v4", "k4v2", "k3v3", "k2v2")),
 )
 SHAPES = (

@@ -10,7 +10,7 @@ from test_cache import build
 from transformers import AutoTokenizer
 
 from tq_inductor import KVFormat, PackedKVCache, cli
-from tq_inductor.calibrate import bytes_per_token, cheapest, measure
+from tq_inductor.calibrate import allowance, bytes_per_token, cheapest, measure
 from tq_inductor.corpus import held_out_text
 from tq_inductor.errors import FormatError, UsageError
 from tq_inductor.generate_text import DEMO_MODEL, load_checkpoint
@@ -59,6 +59,16 @@ def test_the_cheapest_formats_are_those_of_an_exhaustive_search(seed):
         assert sum(prices[i][name] for i, name in chosen.items()) == pytest.approx(min(fits))
     with pytest.raises(UsageError, match="47 bytes a token are fewer than the smallest formats take, 48"):
         cheapest(prices, sizes, 47)
+
+
+def test_a_budget_is_a_format_or_bits_a_value():
+    sizes = {i: {"k8v8": 20, "k4v4": 12, "k2v2": 8} for i in range(3)}
+    assert allowance("k4v4", sizes, 3 * 16) == ("k4v4", 36)
+    assert allowance(6, sizes, 3 * 16) == ("k4v4", 36)
+    assert allowance(5.9, sizes, 3 * 16) == ("k2v2", 35)
+    assert allowance(100.0, sizes, 3 * 16) == ("k8v8", 600)
+    with pytest.raises(UsageError, match=r"3\.5 bits a value are fewer than .* k2v2 has 4, scales"):
+        allowance(3.5, sizes, 3 * 16)
 
 
 def test_attention_sees_only_what_the_bytes_decode_to():
@@ -123,7 +133,8 @@ def test_a_layer_that_looks_up_is_told_from_others():
 
 def test_bytes_are_those_of_the_cache():
     model = build("gemma3_text", torch.float32)  # layers 1 and 3 are packed
-    sizes = bytes_per_token(model, FORMATS)
+    sizes, values = bytes_per_token(model, FORMATS)
+    assert values == 2 * 2 * (16 + 16)
     assert sizes == {i: {name: 2 * KVFormat(name, 16).slot_bytes for name in FORMATS} for i in (1, 3)}
     sliding = build("gemma3_text", torch.float32, layer_types=["sliding_attention"] * 4)
     with pytest.raises(UsageError, match="packs no layer of gemma3_text"):
@@ -167,9 +178,11 @@ def test_the_policy_of_a_model(checkpoint, text, tmp_path, capsys):
 def test_a_layer_that_counts_more_gets_more_bits(checkpoint, text, tmp_path):
     out = tmp_path / "policy.json"
     argv = ["calibrate", str(text), str(checkpoint), "--out", str(out), "--device", "cpu"]
-    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "256"]) == 0
+    # 5 bits a value are what k4v4 has at 16 dimensions.
+    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "256", "--budget", "5"]) == 0
     policy = json.loads(out.read_text())
-    assert policy["kv_format"] == ["k2v2", "k8v8", "k2v2"]  # as many bytes as k4v4 everywhere
+    assert (policy["budget"]["kv_format"], policy["budget"]["allowed_bytes_per_token"]) == ("k4v4", 120)
+    assert policy["kv_format"] == ["k2v2", "k8v8", "k2v2"]
     assert policy["kl_nats"] < policy["budget"]["kl_nats"] / 2
 
 
@@ -183,6 +196,13 @@ def test_refusals(checkpoint, text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["calibrate", str(text), "--formats", "k5v5"])
     assert "unknown kv_format 'k5v5'" in capsys.readouterr().err
+    for budget, reason in (("k5", "unknown kv_format 'k5'"), ("-1", "-1 bits a value (needs a positive")):
+        with pytest.raises(SystemExit):
+            cli.main(["calibrate", str(text), "--budget", budget])
+        assert reason in capsys.readouterr().err
+    tight = ["calibrate", str(text), str(checkpoint), "--device", "cpu", "--budget", "1.5"]
+    assert cli.main(tight) == 1
+    assert "1.5 bits a value are fewer than the smallest format takes: k2v2" in capsys.readouterr().err
     for content in ("[]", "{", '{"kv_format": ["k5v5"]}', '{"kv_format": 3}'):
         policy = tmp_path / "policy.json"
         policy.write_text(content)

@@ -21,7 +21,7 @@ def test_each_layer_has_its_format_and_generates_the_same_compiled():
     names = ["bf16", "k4v2", "turboquant_k8v4"]
     cache = TurboQuantCache(model.config, MAX_LEN, kv_format=names, sink_tokens=2)
     assert formats(cache) == ["bf16", "k4v2", "k8v4"]
-    assert [layer.exact_tokens for layer in cache.layers] == [(0, 0), (2, 124), (2, 12)]
+    assert [layer.exact_tokens for layer in cache.layers] == [(0, 0), (2, 60), (2, 12)]
     expected = generate(model, cache, padded_batch())
     model.compile(backend="turboquant")
     cache = TurboQuantCache(model.config, MAX_LEN, kv_format=names, sink_tokens=2)
@@ -29,15 +29,15 @@ def test_each_layer_has_its_format_and_generates_the_same_compiled():
 
 
 def test_each_layer_keeps_as_many_exact_tokens_as_its_bits_need():
-    config = build("llama", num_hidden_layers=5).config
-    names = ["k4v4", "k8v3", "k2v4", "k8v8", "bf16"]
+    config = build("llama", num_hidden_layers=6).config
+    names = ["k4v4", "k8v3", "k3v2", "k2v4", "k8v8", "bf16"]
     tokens = {"default": {}, "none": {"sink_tokens": 0, "recent_tokens": 0}, "given": {"recent_tokens": 7}}
     caches = {name: TurboQuantCache(config, MAX_LEN, kv_format=names, **x) for name, x in tokens.items()}
     kept = {name: [layer.exact_tokens for layer in cache.layers] for name, cache in caches.items()}
     assert kept == {
-        "default": [(4, 12), (4, 28), (4, 124), (0, 0), (0, 0)],
-        "none": [(0, 0)] * 5,
-        "given": [(4, 7), (4, 7), (4, 7), (0, 7), (0, 0)],
+        "default": [(4, 12), (4, 28), (4, 60), (4, 124), (0, 0), (0, 0)],
+        "none": [(0, 0)] * 6,
+        "given": [(4, 7), (4, 7), (4, 7), (4, 7), (0, 7), (0, 0)],
     }
     # A skipped layer is lossless.
     skipped = TurboQuantCache(config, MAX_LEN, skip_layers=[1])

@@ -72,7 +72,8 @@ class TurboQuantCache(Cache):
         sink_tokens, recent_tokens: how many of the first and of the last tokens packed layers keep as they
             came besides, which removes most of what packing costs in quality (docs/quality.md). By
             default a layer's format decides: 4 and 12 where keys or values have 4 bits, 4 and 28 at 3,
-            4 and 124 at 2, none at 8 bits; 0 for none. A cache of fewer tokens keeps all of them.
+            4 and 60 where values have 2, 4 and 124 where keys do, none at 8 bits; 0 for none. A cache of
+            fewer tokens keeps all of them.
         max_batch_size: if given, buffers are allocated now and not at the first forward; best for
             CUDA graphs.
         device, dtype: of these buffers; default: CUDA if there is one, and the config's dtype.

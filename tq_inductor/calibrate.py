@@ -9,8 +9,9 @@ better.
 To the divergence on the text is added that on look-ups (`look_ups.py`), where an exact cache finds them: a
 layer that finds what was read long ago costs little on most text, and everything where it is needed.
 
-A text is read in one pass for each measurement, but every key and value that attention sees has been
-packed: a cache read in chunks would show the same error.
+A window of the text is half a prompt; the other half is read a few tokens at a time from a cache with the
+exact tokens of its formats, as in generation, and is what counts. Formats that only the latest tokens would
+need are not worth their bytes: those tokens are exact anyway.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from .errors import UsageError
 from .format import KVFormat
 from .generate_text import DEMO_MODEL, load_checkpoint
 from .look_ups import LEAST_FOUND, found, with_look_ups
-from .read_back import cache_to_read_back, packed_layers
+from .read_back import packed_layers
 
 FORMATS = ("k8v8", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
-WINDOW = 1024  # tokens that are read at once
+WINDOW = 1024  # tokens of a text that are read from an empty cache
+CHUNK = 64  # tokens that are read at once, after the prompt
 
 Prices = dict[int, dict[str, float]]  # layer -> format -> nats a token
 Sizes = dict[int, dict[str, int]]  # layer -> format -> bytes a token
 
 
 @torch.no_grad()
-def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> Sizes:
-    """Bytes of a token in each format, for each layer that a `TurboQuantCache` packs.
+def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> tuple[Sizes, int]:
+    """Bytes of a token in each format, for each layer that a `TurboQuantCache` packs; and all their values.
 
     Raises:
         FormatError: a format that the model's keys cannot have.
@@ -58,15 +60,33 @@ def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> Sizes:
             f"a TurboQuantCache packs no layer of {model.config.model_type}: nothing to choose"
         )
     model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-    return {
-        i: {
-            name: KVFormat(name, layer.format.head_dim, layer.format.v_head_dim).slot_bytes
-            * layer.packed.shape[1]
-            for name in formats
-        }
-        for i, layer in enumerate(cache.layers)
-        if i in packed
-    }
+    sizes, values = {}, 0
+    for i in packed:
+        fmt, heads = cache.layers[i].format, cache.layers[i].packed.shape[1]
+        same = {name: KVFormat(name, fmt.head_dim, fmt.v_head_dim) for name in formats}
+        sizes[i] = {name: x.slot_bytes * heads for name, x in same.items()}
+        values += (fmt.head_dim + fmt.v_head_dim) * heads
+    return sizes, values
+
+
+def allowance(budget: str | float, sizes: Sizes, values: int) -> tuple[str, int]:
+    """The largest format that all layers could have, and how many bytes of a token the budget allows.
+
+    Raises:
+        UsageError: not even the smallest format fits.
+    """
+    total = {name: sum(of[name] for of in sizes.values()) for name in next(iter(sizes.values()))}
+    if isinstance(budget, str):
+        return budget, total[budget]
+    allowed = int(budget * values / 8)
+    fitting = [name for name in total if total[name] <= allowed]
+    if not fitting:
+        smallest = min(total, key=lambda name: total[name])
+        raise UsageError(
+            f"{budget:g} bits a value are fewer than the smallest format takes: {smallest} has "
+            f"{8 * total[smallest] / values:g}, scales included"
+        )
+    return max(fitting, key=lambda name: total[name]), allowed
 
 
 def divergence(exact: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
@@ -108,7 +128,7 @@ def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Moved:
-    """How far predictions move, in nats: a token of the text, and a token that is looked up in it.
+    """How far predictions move, in nats: a token after a prompt, and a token that is looked up in it.
 
     `asked` tokens were to look up; `found` of them an exact cache finds, and they alone count.
     """
@@ -134,18 +154,20 @@ def measure(
     """How far predictions move with each choice of formats.
 
     Args:
-        ids: `[1, n]`, read in windows of `WINDOW` tokens, each from an empty cache, as they are and with
-            look-ups, always the same.
+        ids: `[1, n]`, two tokens at least, read in windows of `WINDOW` tokens, each from an empty cache, as
+            they are and with look-ups, always the same.
         choices: the formats of the layers that are packed; the others are exact.
         measured: called after each choice of each window.
     """
     generator = torch.Generator().manual_seed(0)
     text, look_ups = [0.0] * len(choices), [0.0] * len(choices)
-    asked_count = found_count = 0
-    for window in ids.split(WINDOW, 1):
+    counted_text = asked_count = found_count = 0
+    for window in windows_of(ids):
         hidden, asked = with_look_ups(window, generator)
         exact, exact_hidden = (_logits(model, x, {}) for x in (window, hidden))
-        counted = found(exact_hidden, hidden, asked)
+        half = exact.shape[1]
+        counted = found(exact_hidden, hidden[:, -half:], asked[-half:])
+        counted_text += half
         asked_count, found_count = asked_count + int(asked.sum()), found_count + int(counted.sum())
         for i, formats in enumerate(choices):
             text[i] += divergence(exact, _logits(model, window, formats)).sum().item()
@@ -154,21 +176,36 @@ def measure(
                 look_ups[i] += moved[counted].sum().item()
             measured()
     return [
-        Moved(t / ids.shape[1], k / max(1, found_count), found_count, asked_count)
+        Moved(t / counted_text, k / max(1, found_count), found_count, asked_count)
         for t, k in zip(text, look_ups, strict=True)
     ]
 
 
+def windows_of(ids: torch.Tensor) -> list[torch.Tensor]:
+    """`ids` `[1, n]` in windows of `WINDOW` tokens, without a last one that is too short to be halved."""
+    return [window for window in ids.split(WINDOW, 1) if window.shape[1] > 1]
+
+
 def _logits(model: PreTrainedModel, window: torch.Tensor, formats: dict[int, str]) -> torch.Tensor:
-    cache = cache_to_read_back(model.config, window.shape[1], formats)
-    return model(window, past_key_values=cache).logits
+    """Logits `[1, n, vocabulary]` of the second half of a window, read after the first."""
+    layers = range(len(TurboQuantCache(model.config, 16).layers))
+    cache = TurboQuantCache(
+        model.config,
+        window.shape[1],
+        kv_format=[formats.get(i, "k4v4") for i in layers],
+        skip_layers=[i for i in layers if i not in formats],
+    )
+    prompt = window.shape[1] // 2
+    model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    chunks = window[:, prompt:].split(CHUNK, 1)
+    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], 1)
 
 
 def calibrate(
     text: str,
     model: str | Path | None = None,
     *,
-    budget: str = "k4v4",
+    budget: str | float = "k4v4",
     formats: Sequence[str] = FORMATS,
     tokens: int = 2048,
     device: str | None = None,
@@ -181,8 +218,9 @@ def calibrate(
     Args:
         text: of the kind that the model will read; its first `tokens` tokens are used.
         model: folder or name of a checkpoint; None for the model that ships with this package.
-        budget: a format; the layers together take no more bytes than if all had it.
-        formats: to choose from; the budget's is always one.
+        budget: a format, or bits a value; the layers together take no more bytes than if all had it, or if
+            each value took so many bits, scales included (k4v4 has 4.25 with 64 dimensions, 4.125 at 128).
+        formats: to choose from; a budget's is always one.
         device, dtype: as torch names them; default: CUDA if there is one, and the checkpoint's dtype.
 
     Raises:
@@ -197,13 +235,14 @@ def calibrate(
         raise UsageError(
             f"the text has {ids.shape[1]} tokens: give one like those that the model will read"
         )
-    names = tuple(dict.fromkeys((*formats, budget)))
-    sizes = bytes_per_token(network, names)
+    names = tuple(dict.fromkeys((*formats, budget) if isinstance(budget, str) else formats))
+    sizes, values = bytes_per_token(network, names)
+    everywhere, allowed = allowance(budget, sizes, values)
     alone = [(i, name) for i in sizes for name in names]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        windows = len(ids.split(WINDOW, 1))
+        windows = len(windows_of(ids))
         task = progress.add_task("layers and formats", total=windows * (len(alone) + 2))
         measured = partial(progress.advance, task)
         moved = measure(network, ids, [{i: name} for i, name in alone], measured)
@@ -211,11 +250,10 @@ def calibrate(
         for (i, name), of_format in zip(alone, moved, strict=True):
             by_layer[i][name] = of_format
         prices: Prices = {i: {name: m.price for name, m in of.items()} for i, of in by_layer.items()}
-        everywhere = dict.fromkeys(sizes, budget)
-        chosen = cheapest(prices, sizes, sum(of_layer[budget] for of_layer in sizes.values()))
-        moved_everywhere, moved_chosen = measure(network, ids, [everywhere, chosen], measured)
+        chosen, same = cheapest(prices, sizes, allowed), dict.fromkeys(sizes, everywhere)
+        moved_everywhere, moved_chosen = measure(network, ids, [same, chosen], measured)
     if moved_everywhere.price <= moved_chosen.price:
-        chosen, moved_chosen = everywhere, moved_everywhere
+        chosen, moved_chosen = same, moved_everywhere
     count = len(TurboQuantCache(network.config, 16).layers)
     policy = {
         "kv_format": [chosen.get(i, "bf16") for i in range(count)],
@@ -224,8 +262,9 @@ def calibrate(
         "kl_nats_of_look_ups": moved_chosen.look_ups,
         "look_ups": {"asked": moved_chosen.asked, "found": moved_chosen.found},
         "budget": {
-            "kv_format": budget,
-            "bytes_per_token": sum(of_layer[budget] for of_layer in sizes.values()),
+            "allowed_bytes_per_token": allowed,
+            "kv_format": everywhere,
+            "bytes_per_token": sum(of_layer[everywhere] for of_layer in sizes.values()),
             "kl_nats": moved_everywhere.text,
             "kl_nats_of_look_ups": moved_everywhere.look_ups,
         },

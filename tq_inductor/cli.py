@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,17 @@ def kv_format_name(name: str) -> str:
         return KVFormat(name, 64).name
     except FormatError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def kv_format_or_bits(text: str) -> str | float:
+    """Argument type: a KV format that exists, or a positive number."""
+    try:
+        bits = float(text)
+    except ValueError:
+        return kv_format_name(text)
+    if not 0 < bits < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} bits a value (needs a positive number)")
+    return bits
 
 
 def kv_format_or_policy(text: str) -> str | list[str]:
@@ -227,7 +239,10 @@ def _parser() -> argparse.ArgumentParser:
     add("model", nargs="?", help="folder or name of a checkpoint; default: the small one that ships here")
     add("--out", type=Path, default=Path("policy.json"), metavar="FILE", help="default: policy.json")
     add("--plot", type=Path, metavar="FILE", help="draw the prices of layers and formats, .svg or .png")
-    add("--budget", type=kv_format_name, default="k4v4", help="take no more bytes than it; default: k4v4")
+    add(
+        "--budget", type=kv_format_or_bits, default="k4v4",
+        help="take no more bytes than this format, or bits a value such as 2.6; default: k4v4",
+    )  # fmt: skip
     add(
         "--formats", type=kv_format_name, nargs="+", metavar="FORMAT", help="to choose from; default: eight"
     )

@@ -21,9 +21,11 @@ from .format import KVFormat
 log = logging.getLogger("tq_inductor.cache")
 
 SAFE, SMALL = "k8v4", "k4v4"
-# By the fewer bits of keys and values: the first and the last tokens that are kept as they came. As few as
-# bring the demo model near the exact cache (docs/quality.md), in whole pieces of 16, as kernels read them.
-EXACT_TOKENS = {2: (4, 124), 3: (4, 28), 4: (4, 12)}
+# How many of the first tokens are kept as they came, and of the last ones, by bits of keys and of values. As
+# few as bring the demo model near the exact cache (docs/quality.md), in whole pieces of 16, as kernels read.
+SINKS = 4
+RECENT_FOR_KEYS = {2: 124, 3: 28, 4: 12}
+RECENT_FOR_VALUES = {2: 60, 3: 28, 4: 12}
 LEAST_HEAD_DIM = 128  # from which on keys of four bits are taken to be safe
 
 
@@ -53,7 +55,8 @@ def exact_tokens(name: str, sink_tokens: int | None, recent_tokens: int | None) 
     fmt = KVFormat(name)
     if fmt.is_lossless:
         return 0, 0
-    sinks, recent = EXACT_TOKENS.get(min(fmt.k_bits, fmt.v_bits), (0, 0))
+    recent = max(RECENT_FOR_KEYS.get(fmt.k_bits, 0), RECENT_FOR_VALUES.get(fmt.v_bits, 0))
+    sinks = SINKS if recent else 0
     return (
         sinks if sink_tokens is None else sink_tokens,
         recent if recent_tokens is None else recent_tokens,

@@ -33,14 +33,15 @@ def cached_without(name: str) -> Scheme:
 
 
 def calibrated(budget: str) -> Scheme:
-    """A `TurboQuantCache` with the policy of `calibrate` at this format's bytes (`calibrate.json`)."""
+    """A `TurboQuantCache` with the policy of `calibrate` with this budget (`calibrate.json`)."""
     names = tuple(CALIBRATED[budget]["kv_format"])
-    return Scheme(f"TurboQuantCache, calibrated at {budget}", budget[1], budget[3], policy=names)
+    label = budget if budget.startswith("k") else f"{budget} bits a value"
+    return Scheme(f"TurboQuantCache, calibrated at {label}", names[0][1], names[0][3], policy=names)
 
 
 NAMES = ("k8v4", "k4v4", "k3v3", "k2v2")
 CALIBRATED = json.loads((Path(__file__).parents[1] / "results/calibrate.json").read_text())["budgets"]
-POLICIES = tuple(map(calibrated, ("k3v3", "k3v2")))
+POLICIES = tuple(map(calibrated, ("k3v3", "2.6")))
 CACHES = (
     *map(cached, NAMES),
     cached("k4v4", recent=124),
@@ -60,7 +61,7 @@ FORMATS = (
     *CACHES,
     *VLLM,
 )
-ON_THE_DEMO_MODEL = (*FORMATS, cached("k3v2"), *POLICIES)
+ON_THE_DEMO_MODEL = (*FORMATS, cached("k4v2"), cached("k4v2", recent=124), cached("k3v2"), *POLICIES)
 # Plain codes beside what the package does.
 LARGE_BIAS = (
     FORMATS[1],
