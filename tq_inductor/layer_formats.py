@@ -21,8 +21,8 @@ from .format import KVFormat
 log = logging.getLogger("tq_inductor.cache")
 
 SAFE, SMALL = "k8v4", "k4v4"
-# How many of the first tokens are kept as they came, and of the last by bits of keys and of values: as few as
-# bring the demo model near the exact cache (docs/quality.md), in whole pieces of 16, which kernels read.
+# How many of the first tokens are kept as they came, and of the last, by bits of keys and of values: as few
+# as bring the demo model near the exact cache (docs/quality.md), in pieces of 16, which kernels read.
 SINKS = 4
 RECENT_FOR_KEYS = {2: 124, 3: 28, 4: 12}
 RECENT_FOR_VALUES = {2: 60, 3: 28, 4: 12}
