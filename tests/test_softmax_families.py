@@ -211,6 +211,7 @@ def random_attention(choose):
         for _ in range(choose(range(5)))
     ]
     scaled, last = choose((True, False)), choose(("matmul", "einsum", "bmm"))
+    sinks, stable = choose((None, None, torch.randn(4))), choose((True, False))
 
     def f(q, k, v):
         scores = (q * 0.5 if scaled else q) @ k.transpose(2, 3)
@@ -237,7 +238,13 @@ def random_attention(choose):
                 scores = scores.tanh()
             else:
                 scores = scores.reshape(8, 6, 6).view(2, 4, 6, 6)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(2, 4, 6, 1)], dim=-1)
+            if stable:
+                scores = scores - scores.amax(-1, keepdim=True)
         weights = scores.softmax(dim=-1)
+        if sinks is not None:
+            weights = weights[..., :-1]
         if last == "einsum":
             return torch.einsum("bhij,bhjd->bihd", weights, v)
         if last == "bmm":
@@ -258,7 +265,7 @@ def test_random_attention_equals_eager():
         assert len(rows) == 1
         backends.add(rows[0].backend)
         torch.testing.assert_close(result, fn(*args), rtol=1e-4, atol=1e-4, equal_nan=True)
-    assert {"sdpa", "none"} <= backends <= {"sdpa", "none", "triton"}  # triton: softcaps
+    assert {"sdpa", "none"} <= backends <= {"sdpa", "none", "triton"}  # triton: softcaps and sinks
 
 
 def test_inductor_compiles_what_was_rewritten():

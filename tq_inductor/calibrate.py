@@ -110,7 +110,7 @@ def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
     Raises:
         UsageError: not even the smallest formats fit.
     """
-    unit = math.gcd(budget, *(size for of_layer in sizes.values() for size in of_layer.values()))
+    unit = math.gcd(*(size for of_layer in sizes.values() for size in of_layer.values()))
     best: dict[int, tuple[float, tuple[str, ...]]] = {0: (0.0, ())}  # by bytes of the layers so far
     for layer, of_layer in prices.items():
         longer: dict[int, tuple[float, tuple[str, ...]]] = {}
