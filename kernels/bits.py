@@ -95,6 +95,12 @@ def unpack_asm(bits: int, paired: bool = False) -> str:
     return "{" + "\n".join(lines) + "}"
 
 
+@triton.constexpr_function
+def unpack_constraints(bits: int) -> str:
+    """Of `unpack_asm`."""
+    return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
+
+
 def early_launch(device: torch.device) -> dict[str, bool]:
     """Options of a launch that may start before the one before it ends, and waits for it inside.
 

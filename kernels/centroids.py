@@ -5,19 +5,13 @@ import triton
 import triton.language as tl
 from triton.language import float16
 
-from .bits import FP16_UNIT, codes_per_byte, unpack_asm
+from .bits import FP16_UNIT, codes_per_byte, unpack_asm, unpack_constraints
 
 
 def asm_for(bits: int, device: torch.device) -> str:
     """`unpack_asm` where there is an instruction that makes e4m3 float16, else nothing."""
     is_nvidia = device.type == "cuda" and torch.version.cuda is not None
     return unpack_asm(bits) if is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9) else ""
-
-
-@triton.constexpr_function
-def constraints_of(bits):
-    """Of `unpack_asm`."""
-    return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
 
 
 @triton.constexpr_function
@@ -49,16 +43,16 @@ def centroids(
         table = tl.full([A, B], TABLE, tl.uint32).to(tl.int32, bitcast=True)
         # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
         if BITS == 8:
-            x = tl.inline_asm_elementwise(ASM, constraints_of(BITS), [words, table], (
+            x = tl.inline_asm_elementwise(ASM, unpack_constraints(BITS), [words, table], (
                 float16, float16, float16, float16), is_pure=True, pack=1)  # fmt: skip
             return tl.reshape(quad(x[0], x[1], x[2], x[3]), [A, B, 4, 1])
         elif BITS == 4:
-            x = tl.inline_asm_elementwise(ASM, constraints_of(BITS), [words, table], (
+            x = tl.inline_asm_elementwise(ASM, unpack_constraints(BITS), [words, table], (
                 float16, float16, float16, float16, float16, float16, float16, float16,
             ), is_pure=True, pack=1)  # fmt: skip
             return tl.join(quad(x[0], x[1], x[2], x[3]), quad(x[4], x[5], x[6], x[7]))
         else:
-            x = tl.inline_asm_elementwise(ASM, constraints_of(BITS), [words, table, signs], (
+            x = tl.inline_asm_elementwise(ASM, unpack_constraints(BITS), [words, table, signs], (
                 float16, float16, float16, float16, float16, float16, float16, float16,
                 float16, float16, float16, float16, float16, float16, float16, float16,
             ), is_pure=True, pack=1)  # fmt: skip

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import float16
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .bits import codes_per_byte
+from .bits import codes_per_byte, unpack_constraints
 
 # Triton 3.9 calls it `async_load`; in 3.6 it has the longer name.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -101,12 +101,6 @@ def copy_values(shared, ptr, left, ROW: gl.constexpr):
     async_copy.commit_group()
 
 
-@gluon.constexpr_function
-def constraints_of(bits: int) -> str:
-    """Of `unpack_asm`."""
-    return "=h," * (4 * codes_per_byte(bits)) + ("r,r" if bits in (4, 8) else "r,r,r")
-
-
 @gluon.jit
 def place_byte(place, BYTES: gl.constexpr):
     """Which byte of 4 * BYTES is `place` along the sum of an operand."""
@@ -164,7 +158,7 @@ def operands(
 
     With `PAIRED` [16, 32n]: one for the first and the third codes, one for the others (`unpack_asm`).
     """
-    CONSTRAINTS: gl.constexpr = constraints_of(BITS)
+    CONSTRAINTS: gl.constexpr = unpack_constraints(BITS)
     # The types of the results are written out: Triton 3.9 takes no computed tuple of them.
     if BITS == 8:
         x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [words, table], is_pure=True, pack=1, dtype=(
