@@ -182,7 +182,7 @@ def warp_split_kernel(
     K_WORDS: gl.constexpr = words_of_row(4 * K_PLACE)  # of a row of a piece in shared memory
     # Swizzled: of 8 lanes that read 16 bytes, two have neighbouring rows and four distant ones.
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    # Of keys of 3 bits they read a word each: four lanes the same 16 bytes, of eight rows.
+    # Of keys of 3 bits and 128 dims they read a word each: four lanes the same 16 bytes, of eight rows.
     SWIZZLED_KEYS: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [1, 0]) if K_BITS == 3 else SWIZZLED
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 

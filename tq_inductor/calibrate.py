@@ -160,19 +160,20 @@ def measure(
         measured: called after each choice of each window.
     """
     generator = torch.Generator().manual_seed(0)
+    layers = len(TurboQuantCache(model.config, 16).layers)
     text, look_ups = [0.0] * len(choices), [0.0] * len(choices)
     counted_text = asked_count = found_count = 0
     for window in windows_of(ids):
         hidden, asked = with_look_ups(window, generator)
-        exact, exact_hidden = (_logits(model, x, {}) for x in (window, hidden))
+        exact, exact_hidden = (_logits(model, layers, x, {}) for x in (window, hidden))
         half = exact.shape[1]
         counted = found(exact_hidden, hidden[:, -half:], asked[-half:])
         counted_text += half
         asked_count, found_count = asked_count + int(asked.sum()), found_count + int(counted.sum())
         for i, formats in enumerate(choices):
-            text[i] += divergence(exact, _logits(model, window, formats)).sum().item()
+            text[i] += divergence(exact, _logits(model, layers, window, formats)).sum().item()
             if counted.any():
-                moved = divergence(exact_hidden, _logits(model, hidden, formats))
+                moved = divergence(exact_hidden, _logits(model, layers, hidden, formats))
                 look_ups[i] += moved[counted].sum().item()
             measured()
     return [
@@ -186,14 +187,15 @@ def windows_of(ids: torch.Tensor) -> list[torch.Tensor]:
     return [window for window in ids.split(WINDOW, 1) if window.shape[1] > 1]
 
 
-def _logits(model: PreTrainedModel, window: torch.Tensor, formats: dict[int, str]) -> torch.Tensor:
+def _logits(
+    model: PreTrainedModel, layers: int, window: torch.Tensor, formats: dict[int, str]
+) -> torch.Tensor:
     """Logits `[1, n, vocabulary]` of the second half of a window, read after the first."""
-    layers = range(len(TurboQuantCache(model.config, 16).layers))
     cache = TurboQuantCache(
         model.config,
         window.shape[1],
-        kv_format=[formats.get(i, "k4v4") for i in layers],
-        skip_layers=[i for i in layers if i not in formats],
+        kv_format=[formats.get(i, "k4v4") for i in range(layers)],
+        skip_layers=[i for i in range(layers) if i not in formats],
     )
     prompt = window.shape[1] // 2
     model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
