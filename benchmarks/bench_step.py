@@ -74,11 +74,17 @@ def filled(kind: str, model: LlamaForCausalLM, batch: int, length: int, held: in
 def step_times(
     model: LlamaForCausalLM, cache: Cache, batch: int, backend: str, option: str | None
 ) -> dict[str, Any]:
-    """Median and spread of a step's time in ms, and what compiling did; `option` is Inductor's, then on."""
+    """Median and spread of a step's time in ms, and what compiling did.
+
+    `option` is one of Inductor's, then on, or the name of one of `torch.compiler`'s filters of guards.
+    """
     torch._dynamo.reset()
     counters.clear()
     # What "reduce-overhead" stands for: torch.compile takes a mode or options.
-    options: dict[str, Any] = {"triton.cudagraphs": True} | ({} if option is None else {option: True})
+    options: dict[str, Any] = {"triton.cudagraphs": True}
+    if option is not None:
+        guard_filter = getattr(torch.compiler, option, None)
+        options |= {option: True} if guard_filter is None else {"guard_filter_fn": guard_filter}
     step = torch.compile(model.forward, backend=backend, options=options, fullgraph=True)
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     times = []
@@ -126,7 +132,7 @@ def main() -> None:
     parser.add_argument("--commit", help="default: git's")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("B", "L"))
     parser.add_argument("--with-inductor", action="store_true", help="Inductor's own backend beside ours")
-    parser.add_argument("--also", metavar="OPTION", help="a key of Inductor's config, switched on")
+    parser.add_argument("--also", metavar="OPTION", help="step_times' option")
     args = parser.parse_args()
     model = llama("cuda")
     rows = []

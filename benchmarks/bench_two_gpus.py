@@ -6,14 +6,16 @@ The same checkpoint (the Llama of `bench_point`, random weights) reads the same 
 steps in each way, each in processes of its own; tensor parallelism is that of transformers, under torchrun:
 each cache holds the KV heads of its rank. Logits are compared with those of one GPU. The prompt is read
 eagerly: to compile that takes minutes, and steps are what is timed. Layers on two GPUs are compiled one by
-one: few only. Needs accelerate. Writes `two_gpus.json`. With `--size tiny` and no GPU, tensor parallelism
-runs on two processes of the CPU.
+one: few only. Dynamo's guards run on the host before each step, and tensor parallelism has many more:
+steps are timed with all, and without those on modules of torch.nn (`SKIPPED`). Needs accelerate. Writes
+`two_gpus.json`. With `--size tiny` and no GPU, tensor parallelism runs on two processes of the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -38,6 +40,11 @@ GPUS = 2
 CACHES = ("static", "k4v4")
 CHUNK, WARM_UP, STEPS = 2044, 6, 24
 FEW_LAYERS = 4
+ALL, SKIPPED = "all", "not on torch.nn"
+GUARDS: dict[str, dict[str, Any]] = {
+    ALL: {},
+    SKIPPED: {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe},
+}
 ONE, LAYERS_ON_TWO, TENSOR_PARALLEL = "one", "layers on two", "tensor parallel"
 
 
@@ -68,14 +75,13 @@ def report(what: str) -> None:
 
 @torch.no_grad()
 def run(
-    model: PreTrainedModel, kind: str, ids: torch.Tensor, mode: str
+    model: PreTrainedModel, kind: str, ids: torch.Tensor, gpus: list[int], options: dict[str, Any]
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Figures, and the logits of the steps `[steps, B, vocabulary]` on the host."""
+    """Figures, and the logits of the steps `[steps, B, vocabulary]` on the host; `gpus`: those in use."""
     torch.compiler.reset()
     model._compiled_call_impl = None
     counters.clear()
-    on_gpu = ids.is_cuda
-    model.compile(backend="turboquant", mode=mode)
+    model.compile(backend="turboquant", options=options)
     prompt_len = ids.shape[1] - WARM_UP - STEPS
     cache = new_cache(kind, model, ids.shape[1])
     for chunk in ids[:, :prompt_len].split(CHUNK, 1):
@@ -85,9 +91,8 @@ def run(
     for i in range(prompt_len, ids.shape[1]):
         start = time.perf_counter()
         out = model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1]
-        if on_gpu:
-            for gpu in range(torch.cuda.device_count()):
-                torch.cuda.synchronize(gpu)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
         times.append(time.perf_counter() - start)
         logits.append(out.float().cpu())
         if i < prompt_len + WARM_UP:
@@ -102,38 +107,38 @@ def run(
         "rewritten": {k: v for k, v in counters["turboquant"].items() if k.startswith("rewritten")},
         "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
     }
-    if on_gpu:
-        figures["peak_gib"] = [
-            round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2)
-            for gpu in range(torch.cuda.device_count())
-        ]
+    if gpus:
+        figures["peak_gib"] = [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 2) for gpu in gpus]
     return figures, torch.stack(logits)
 
 
 def child(way: str, folder: Path, batch: int, context: int) -> None:
     """Run one way and leave its figures and logits in `folder`; the first rank does, if there are more."""
     rank = int(os.environ.get("RANK", 0))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    gpus: list[int] = []
+    if torch.cuda.is_available():
+        gpus = list(range(GPUS)) if way == LAYERS_ON_TWO else [int(os.environ.get("LOCAL_RANK", 0))]
+        torch.cuda.set_device(gpus[0])
+    device = "cuda" if gpus else "cpu"
     model = load(way, folder, device)
     report("the model is loaded")
     generator = torch.Generator().manual_seed(0)
     shape = (batch, context + WARM_UP + STEPS)
     ids = torch.randint(3, model.config.vocab_size, shape, generator=generator).to(device)
-    mode = "reduce-overhead" if device == "cuda" else "default"
+    options: dict[str, Any] = {"triton.cudagraphs": bool(gpus)}
     if way == LAYERS_ON_TWO:
         # accelerate's hooks break the graph at every layer: a graph for each of them, all of one function.
         torch._dynamo.config.recompile_limit = 256
-        mode = "default"
-    found = {}
-    for kind in CACHES:
-        figures, logits = run(model, kind, ids, mode)
-        found[kind] = figures
+        options = {}
+    rows = []
+    ways_of_guards = (ALL,) if way == LAYERS_ON_TWO else tuple(GUARDS)
+    for kind, guards in itertools.product(CACHES, ways_of_guards):
+        figures, logits = run(model, kind, ids, gpus, options | GUARDS[guards])
+        rows.append({"cache": kind, "guards": guards} | figures)
         if rank == 0:
-            torch.save(logits, folder / f"{way}-{kind}.pt")
+            torch.save(logits, folder / f"{way}-{kind}-{guards}.pt")
     if rank == 0:
-        (folder / f"{way}.json").write_text(json.dumps(found))
+        (folder / f"{way}.json").write_text(json.dumps(rows))
     if torch.distributed.is_initialized():
         torch.compiler.reset()  # the CUDA graphs: while one holds a collective, this would wait for ever
         del model
@@ -153,9 +158,10 @@ def start(way: str, folder: Path, args: argparse.Namespace) -> str | None:
     return done.stderr[-2000:] if done.returncode else None
 
 
-def compared(folder: Path, way: str, kind: str) -> dict[str, float]:
+def compared(folder: Path, way: str, kind: str, guards: str) -> dict[str, float]:
     """How far a way's logits are from those of one GPU."""
-    expected, got = (torch.load(folder / f"{name}-{kind}.pt") for name in (ONE, way))
+    expected = torch.load(folder / f"{ONE}-{kind}-{ALL}.pt")
+    got = torch.load(folder / f"{way}-{kind}-{guards}.pt")
     far = (got - expected).abs().max() / expected.abs().max()
     same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
     return {"largest_difference_over_largest_logit": float(far), "same_token": round(float(same), 4)}
@@ -180,8 +186,8 @@ def measure(way: str, folder: Path, args: argparse.Namespace) -> list[dict[str, 
         return [row | {"error": error}]
     print(f"{way}: {time.perf_counter() - started:.0f} s", flush=True)
     rows = []
-    for kind, figures in json.loads((folder / f"{way}.json").read_text()).items():
-        rows.append(row | {"cache": kind} | figures | compared(folder, way, kind))
+    for figures in json.loads((folder / f"{way}.json").read_text()):
+        rows.append(row | figures | compared(folder, way, figures["cache"], figures["guards"]))
         print(rows[-1], flush=True)
     return rows
 
