@@ -15,6 +15,7 @@ from tq_inductor.beside import SEGMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- table: benchmarks/readme_table.py -->\n", "<!-- end of table -->"
+CACHE_NAMES = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
 
 
 def table() -> str:
@@ -37,7 +38,7 @@ def table() -> str:
         bits = f"{row['bits_per_byte']:.3f}" + ("" if lossless else f" ({row['delta_percent']:+.1f}%)")
         kept = fmt.slot_bytes + (0 if lossless else 2 * fmt.head_dim // SEGMENT)  # and its share of a mean
         lines.append(f"| {name} | {kept} | {kept / 512:.2f}x | {bits} | {time:.0f} µs |")
-    return "\n".join([*lines, "", *_steps(), "", *_prefill()]) + "\n"
+    return "\n".join([*lines, "", *_steps(), "", *_two_gpus(), "", *_prefill()]) + "\n"
 
 
 def _steps() -> list[str]:
@@ -47,11 +48,23 @@ def _steps() -> list[str]:
         "| a whole decode step: transformers' Llama, 16 layers, hidden size 4096 | ms | floor |",
         "|---|---|---|",
     ]
-    names = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
     for row in steps:
-        what = f"batch {row['batch']}, {names[row['cache']]}, "
+        what = f"batch {row['batch']}, {CACHE_NAMES[row['cache']]}, "
         what += f"{row['tokens']:,} tokens in {row['max_cache_len']:,} slots"
         lines.append(f"| {what} | {row['median_ms']:.1f} | {row['floor_ms']:.1f} |")
+    return lines
+
+
+def _two_gpus() -> list[str]:
+    """A decode step on one GPU and, with tensor parallelism, on two."""
+    steps = _result("two_gpus")["steps"]
+    rows = {(r["way"], r["cache"], r["guards"]): r["median_ms"] for r in steps if r["layers"] == 16}
+    shape = f"batch {steps[0]['batch']}, {steps[0]['tokens']:,} tokens"
+    lines = [f"| a step of that model, {shape} | one GPU | tensor parallel on two |", "|---|---|---|"]
+    for cache, name in CACHE_NAMES.items():
+        for guards, end in (("all", ""), ("not on torch.nn", ", without guards on torch.nn's modules")):
+            one, two = (rows[way, cache, guards] for way in ("one", "tensor parallel"))
+            lines.append(f"| {name}{end} | {one:.1f} ms | {two:.1f} ms |")
     return lines
 
 
