@@ -67,6 +67,7 @@ LARGE_BIAS = (
     FORMATS[1],
     *map(packed, ("k4v4", "k3v3")),
     *map(cached, NAMES),
+    *POLICIES,
     *map(cached_without, ("k4v4", "k3v3")),
     VLLM[1],
     VLLM[3],
@@ -77,6 +78,7 @@ RECALL = (
     *map(cached_without, NAMES[1:]),
     VLLM[1],
 )
+LARGE_BIAS_RECALL = (packed("k4v4"), *map(cached, NAMES), *POLICIES, VLLM[1])
 
 
 def changed(base: str, label: str, **changes: object) -> Scheme:
