@@ -9,14 +9,13 @@ import torch
 from test_cache import build
 from transformers import AutoTokenizer
 
-from tq_inductor import KVFormat, PackedKVCache, cli
+from tq_inductor import KVFormat, cli
 from tq_inductor.calibrate import allowance, bytes_per_token, cheapest, measure
 from tq_inductor.corpus import held_out_text
 from tq_inductor.errors import FormatError, UsageError
 from tq_inductor.generate_text import DEMO_MODEL, load_checkpoint
 from tq_inductor.layer_formats import read_policy
 from tq_inductor.look_ups import CUE, STRING, STRINGS, with_look_ups
-from tq_inductor.read_back import cache_to_read_back, packed_layers
 
 pytest.importorskip("matplotlib")
 FORMATS = ("k8v8", "k4v4", "k2v2")
@@ -69,25 +68,6 @@ def test_a_budget_is_a_format_or_bits_a_value():
     assert allowance(100.0, sizes, 3 * 16) == ("k8v8", 600)
     with pytest.raises(UsageError, match=r"3\.5 bits a value are fewer than .* k2v2 has 4, scales"):
         allowance(3.5, sizes, 3 * 16)
-
-
-def test_attention_sees_only_what_the_bytes_decode_to():
-    k, v = torch.randn(2, 1, 2, 40, 16)
-    cache = cache_to_read_back(build("llama").config, 40, {1: "k4v3"})
-    keys, values = cache.update(k, v, 1)
-    packed = PackedKVCache(1, 2, 16, 40, kv_format="k4v3", dtype=torch.float32, device="cpu")
-    packed.append(k, v)
-    for found, expected in zip((keys, values), packed.read(40), strict=True):
-        assert torch.equal(found, expected)
-    exact, _ = cache.update(k, v, 0)
-    assert torch.equal(exact, k)
-
-
-def test_layers_that_a_cache_packs():
-    config = build("gemma3_text").config  # layers 1 and 3 attend to everything
-    assert packed_layers(config, ["bf16", "bf16", "k4v4", "k3v3"]) == {3: "k3v3"}
-    assert packed_layers(config, "auto") == {1: "k8v4", 3: "k8v4"}
-    assert packed_layers(config, "bf16") == {}
 
 
 def test_prices_of_packed_layers():

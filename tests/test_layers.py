@@ -143,10 +143,9 @@ MAY_IMPORT = {
     "bench_point": ["cache", "clock"],
     "bench": ["bench_point", "errors"],
     "plot": ["errors"],
-    "read_back": ["cache", "cache_layers", "format"],
     "look_ups": [],
-    "calibrate": ["cache", "errors", "format", "generate_text", "look_ups", "read_back"],
-    "lm_eval_model": ["cache", "layer_formats", "read_back"],
+    "calibrate": ["cache", "cache_layers", "errors", "format", "generate_text", "look_ups"],
+    "lm_eval_model": ["beside", "cache", "layer_formats"],
     "plot_policy": ["plot"],
 }
 # What it may import besides, but only inside a function: loaded when an op is first called.
@@ -159,8 +158,14 @@ MAY_IMPORT_LATE = {
 # compiler works without Hugging Face, and registering the ops needs no Triton.
 ANYWHERE = {
     "transformers": [
-        *("cache", "cache_layers", "calibrate", "cli", "demo", "clock", "generate_text", "bench_point"),
-        "read_back",
+        "cache",
+        "cache_layers",
+        "calibrate",
+        "cli",
+        "demo",
+        "clock",
+        "generate_text",
+        "bench_point",
     ],
 }
 WHEN_LOADED = {"triton": ["kernels.*"]}

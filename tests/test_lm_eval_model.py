@@ -50,10 +50,12 @@ def test_the_cache_decides_the_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     exact_write, exact_score = results(tmp_path, "bf16")
     fine_write, fine_score = results(tmp_path, "k8v8", recent_tokens=4)
-    coarse_write, coarse_score = results(tmp_path, "k2v2")
+    coarse_write, coarse_score = results(tmp_path, "k2v2", sink_tokens=0, recent_tokens=0)
+    kept_write, kept_score = results(tmp_path, "k2v2")  # the texts are no longer than its exact tokens
     assert exact_write > 0.3
-    assert fine_write == exact_write
+    assert fine_write == kept_write == exact_write
     assert coarse_write < exact_write
+    assert kept_score == pytest.approx(exact_score, rel=0.01)
     assert fine_score == pytest.approx(exact_score, rel=0.2)
     assert fine_score != exact_score
     assert coarse_score > 2 * exact_score
@@ -63,7 +65,7 @@ def test_a_policy_and_a_format_that_does_not_exist(tmp_path):
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"kv_format": ["k8v8"] * 7}))
     given = {"pretrained": str(DEMO_MODEL), "device": "cpu", "dtype": "float32"}
-    assert set(TurboQuantLM(**given, kv_format=str(policy)).formats.values()) == {"k8v8"}
+    assert TurboQuantLM(**given, kv_format=str(policy)).kv_format == ["k8v8"] * 7
     with pytest.raises(FormatError, match="unknown kv_format 'k5v5'"):
         TurboQuantLM(**given, kv_format="k5v5")
     ids = torch.zeros(1, 5, dtype=torch.int64)

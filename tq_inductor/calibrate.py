@@ -31,11 +31,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .cache import TurboQuantCache
+from .cache_layers import TurboQuantLayer
 from .errors import UsageError
 from .format import KVFormat
 from .generate_text import DEMO_MODEL, load_checkpoint
 from .look_ups import LEAST_FOUND, found, with_look_ups
-from .read_back import packed_layers
 
 FORMATS = ("k8v8", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
 WINDOW = 1024  # tokens of a text that are read from an empty cache
@@ -54,7 +54,7 @@ def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> tuple[Siz
         UsageError: no layer is packed.
     """
     cache = TurboQuantCache(model.config, 16, kv_format="k8v8")
-    packed = packed_layers(model.config, "k8v8")
+    packed = [i for i, layer in enumerate(cache.layers) if isinstance(layer, TurboQuantLayer)]
     if not packed:
         raise UsageError(
             f"a TurboQuantCache packs no layer of {model.config.model_type}: nothing to choose"

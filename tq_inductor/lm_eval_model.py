@@ -4,8 +4,8 @@
         --model_args pretrained=NAME,kv_format=k4v4
 
 takes all that `lm_eval` does. Answers that a model writes come from a `TurboQuantCache`: the prompt is
-exact, as always, every later token reads packed bytes. What is only scored is read in one pass, of which
-everything is read back from packed bytes: stricter than a prompt would be.
+exact, as always, every later token reads packed bytes. What is only scored is read few tokens at a time,
+each as if it had just been written: stricter than a prompt would be.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from .beside import DECODE_TOKENS
 from .cache import TurboQuantCache
 from .layer_formats import read_policy
-from .read_back import cache_to_read_back, packed_layers
 
 
 @register_model("turboquant")
@@ -29,7 +29,7 @@ class TurboQuantLM(HFLM):
 
     Args:
         kv_format: a format, "auto", or a file that `tq-inductor calibrate` wrote; "bf16" for comparison.
-        sink_tokens, recent_tokens: of the `TurboQuantCache` that writes answers.
+        sink_tokens, recent_tokens: of the `TurboQuantCache`.
         args, kwargs: those of `HFLM` (`pretrained`, `dtype`, `batch_size`, ...).
     """
 
@@ -44,24 +44,28 @@ class TurboQuantLM(HFLM):
         self.kv_format = read_policy(Path(kv_format)) if kv_format.endswith(".json") else kv_format
         self.sink_tokens, self.recent_tokens = sink_tokens, recent_tokens
         super().__init__(*args, **kwargs)
-        self.formats = packed_layers(self.config, self.kv_format)  # refuses here what cannot be stored
+        self._new_cache(1)  # refuses here what cannot be stored
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Logits of `[B, n]`, of which attention reads packed bytes."""
-        cache = cache_to_read_back(self.config, inps.shape[1], self.formats)
-        with torch.no_grad():
-            return self.model(inps, past_key_values=cache).logits
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        cache = TurboQuantCache(
+    def _new_cache(self, max_len: int) -> TurboQuantCache:
+        return TurboQuantCache(
             self.config,
-            max_length,
+            max_len,
             kv_format=self.kv_format,
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Logits of `[B, n]`, read from the cache, the tokens read together too."""
+        cache = self._new_cache(inps.shape[1])
+        with torch.no_grad():
+            chunks = inps.split(DECODE_TOKENS, 1)
+            return torch.cat([self.model(chunk, past_key_values=cache).logits for chunk in chunks], 1)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        cache = self._new_cache(max_length)
         return super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
 
 
