@@ -73,7 +73,7 @@ LARGE_BIAS = (
     VLLM[3],
 )
 RECALL = (
-    *map(cached, ("k4v4", "k4v2", "k3v3", "k3v2", "k2v2")),
+    *map(cached, ("k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2")),
     *POLICIES,
     *map(cached_without, NAMES[1:]),
     VLLM[1],
