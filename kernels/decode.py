@@ -13,8 +13,8 @@ Three launches (two for a lossless format):
    out: slots past the length (keys of zeros), and tokens that are there as they came.
 
 On a GPU that can, `decode_warp` takes the place of the first two for few rows, without a mask or with one
-over keys; `prefill` and `prefill_pieces` do for many tokens. `exact` and `unpacked` have what is there as
-it came.
+over keys; `prefill` and `prefill_pieces` do for many tokens, `attend_wgmma` for many over plain K and V.
+`exact` and `unpacked` have what is there as it came.
 
 With 16-bit queries the operands are float16: codes are exact in it, each rotated query row is divided
 by its largest magnitude, and the weights carry the value scales, divided by the tile's largest.
@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..beside import NOTHING, Beside, Chunk
 from ..format import PAGE_ALIGNMENT, KVFormat
 from ..results import empty_result
+from . import attend_wgmma
 from .bits import (
     TINY,
     early_launch,
@@ -302,6 +303,9 @@ def attend(
     bounds = expand_bounds(bounds, q)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(q):
+        if attend_wgmma.takes(q, k, v, attn_mask, sinks, scale, softcap, lse):
+            attend_wgmma.attend_by_wgmma(out, q, k, v, attn_mask, bounds, scale)
+            return out
         visible = (None, 0, attn_mask, bounds, sinks, k.shape[2], scale, softcap, lse)
         _launch(out, q, None, k, v, None, None, None, None, *visible, NOTHING)
     return out

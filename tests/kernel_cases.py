@@ -697,6 +697,16 @@ ATTEND_GPU = [
     Case("", 128, heads=71, kv_heads=1, q_len=1, max_len=3000, bounds="row"),
     Case("", 256, heads=8, q_len=1, max_len=3000, bounds="window", softcap=50.0),
     Case("", 128, heads=8, q_len=5, max_len=1000, mask="float", sinks=True, softcap=2.0),
+    # Rows enough for wgmma.
+    *(
+        Case("", *dims, 14, q_len=800, lens=(900, 129), max_len=1000, mask=mask, bounds=b, dtype=dtype)
+        for dims, dtype in (((128, 128), BF16), ((64, 64), FP16), ((64, 128), BF16), ((128, 64), FP16))
+        for mask, b in (
+            *(("none", "row"), ("none", "window")),
+            *(("keys", "scan"), ("holes", "scan"), ("keys", "none")),
+        )
+    ),
+    Case("", 128, heads=16, q_len=700, max_len=700),
 ]
 
 

@@ -14,8 +14,9 @@ import torch
 import triton
 from kernel_cases import BF16, FP16, FP32, Case
 from kernel_inputs import block_table, empty_beside, garbage_cache, lengths, rotations
-from tq_inductor.kernels import prefill_pieces
+from tq_inductor.kernels import attend_wgmma, prefill_pieces
 from tq_inductor.kernels.append import append_and_attend
+from tq_inductor.kernels.attend_wgmma import wgmma_attend_kernel
 from tq_inductor.kernels.bits import unpack_asm
 from tq_inductor.kernels.decode import attend, decode
 from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
@@ -122,6 +123,11 @@ def record_launches() -> list[tuple]:
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         attend(*torch.zeros(3, 2, 8, 256, 256, dtype=BF16), None, None, None, 0.1)
+        rows = torch.zeros(2, 129, 4, dtype=torch.int32)
+        for dim, attn_mask, seen in ((128, None, rows[..., :2]), (128, mask, rows), (64, mask, None)):
+            q_rows, kv = (torch.zeros(2, n, size, dim, dtype=BF16) for n, size in ((8, 129), (2, 4096)))
+            with mock.patch.object(attend_wgmma, "takes", return_value=True):
+                attend(q_rows, kv, kv, attn_mask, seen, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
         varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)
     finally:
@@ -194,7 +200,7 @@ def main(names_of_targets: list[str]) -> int:
         last = {launch[0].fn.__name__: name for name, launch in launches.items()}
         for name in last.values() if target in ALIKE else launches:
             launch = launches[name]
-            if launch[0] is wgmma_piece_kernel and target != ("cuda", 90):
+            if launch[0] in (wgmma_piece_kernel, wgmma_attend_kernel) and target != ("cuda", 90):
                 continue
             if launch[0].is_gluon() and not (target[0] == "cuda" and target[1] >= 89):
                 continue  # has no conversion of fp8

@@ -1,0 +1,209 @@
+"""Attention of many new tokens over 16-bit keys and values with wgmma (sm_90): `decode`'s for prompts.
+
+Flash attention by blocks of 128 query rows, each over the slots that it sees, as `prefill_wgmma` has it:
+while the weights of a tile are computed, the tensor cores multiply those of the one before with its values.
+TMA copies tiles of one KV head each, so what another head or row holds is never read.
+Bytes: queries and results once, keys and values once a row block (from the second-level cache).
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .bits import sm_count
+from .prefill_wgmma import BLOCK_M, BLOCK_N, STAGES, barrier, copy_tile, has_wgmma, weigh
+from .scores import KEY_MASK, LOG2_E, NO_MASK, has_whole, mask_arguments
+
+OPERANDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def issue(k_tiles, v_tiles, batch, kv_head, slot, bars, k_buffers, v_buffers, stage, pred):
+    """Stage i: values of tile i, from `slot`, and keys of tile i + 1."""
+    which = stage % STAGES
+    bar = bars.index(which)
+    BYTES: gl.constexpr = BLOCK_N * (k_tiles.block_shape[3] + v_tiles.block_shape[3]) * 2
+    mbarrier.expect(bar, BYTES, pred=pred)
+    copy_tile(k_tiles, [batch, kv_head, slot + BLOCK_N, 0], bar, k_buffers.index(which), pred=pred)
+    copy_tile(v_tiles, [batch, kv_head, slot, 0], bar, v_buffers.index(which), pred=pred)
+
+
+@gluon.jit
+def wgmma_attend_kernel(
+    q_ptr, k_tiles, v_tiles, bounds_ptr, mask_ptr, out_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n, q_len, max_len, scale,
+    OPERAND: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, HAS_WHOLE: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """Rows are `decode_split_kernel`'s; the result is [batch, token, head, dim]."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
+    RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V_DIM, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    RESULT_ROWS: gl.constexpr = gl.SliceLayout(1, RESULT)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
+    Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K_DIM, K_DIM // 8], [8, 1], [1, 0])
+    block = gl.num_programs(0) - 1 - gl.program_id(0)  # the last rows, which see most, come first
+    kv_head, batch = gl.program_id(1), gl.program_id(2)
+    rows = q_len * HEADS  # token-major, the heads of a group fastest
+    row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROWS)
+    valid = row < rows
+    low = row * 0
+    high = low + max_len
+    if HAS_BOUNDS:
+        bounds_ptr += batch.to(gl.int64) * bounds_stride_b + row // HEADS * bounds_stride_t
+        low = gl.maximum(gl.load(bounds_ptr, mask=valid, other=0), 0)
+        high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
+    seen = valid & (low < high)
+    begin = gl.min(gl.where(seen, low, max_len), axis=0) // BLOCK_N * BLOCK_N
+    end = gl.max(gl.where(seen, high, 0), axis=0)
+    # Slots that all rows see.
+    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
+    whole_to = gl.min(gl.where(valid, high, max_len), axis=0)
+    if HAS_WHOLE:  # the mask lets all of these through
+        whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
+        last = gl.load(bounds_ptr + 3, mask=valid, other=max_len)
+        whole_to = gl.minimum(whole_to, gl.min(last, axis=0))
+    elif HAS_MASK:
+        whole_to = whole_to * 0
+    sees = (low, high, whole_from, whole_to, end)
+    mask = (mask_ptr + batch.to(gl.int64) * mask_stride_b, mask_stride_n)
+    factor = scale * LOG2_E + 0.0 * row
+
+    q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, Q))
+    dims = gl.arange(0, K_DIM, layout=gl.SliceLayout(0, Q))
+    q_head = kv_head.to(gl.int64) * HEADS + q_row % HEADS
+    q_ptr += batch.to(gl.int64) * q_stride_b
+    q_rows = q_ptr + q_head * q_stride_h + (q_row // HEADS).to(gl.int64) * q_stride_t
+    q = gl.load(q_rows[:, None] + dims[None, :] * q_stride_d, mask=(q_row < rows)[:, None], other=0.0)
+    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, K_DIM], OPERAND)
+    q = gl.allocate_shared_memory(OPERAND, [BLOCK_M, K_DIM], Q_SHARED, q)
+
+    peak = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+    total = gl.zeros([BLOCK_M], gl.float32, ROWS)
+    acc = gl.zeros([BLOCK_M, V_DIM], gl.float32, RESULT)
+    n = gl.cdiv(end - begin, BLOCK_N)
+    if n > 0:
+        k_buffers = gl.allocate_shared_memory(OPERAND, [STAGES, 1, 1, BLOCK_N, K_DIM], k_tiles.layout)
+        v_buffers = gl.allocate_shared_memory(OPERAND, [STAGES, 1, 1, BLOCK_N, V_DIM], v_tiles.layout)
+        bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES + 1):
+            mbarrier.init(bars.index(i), count=1)
+        fence_async_shared()  # of the queries and the barriers
+        barrier()
+        # The first keys, in the last stage's place.
+        mbarrier.expect(bars.index(STAGES), BLOCK_N * K_DIM * 2)
+        copy_tile(k_tiles, [batch, kv_head, begin, 0], bars.index(STAGES), k_buffers.index(STAGES - 1))
+        for i in gl.static_range(STAGES - 1):
+            slot = begin + i * BLOCK_N
+            issue(k_tiles, v_tiles, batch, kv_head, slot, bars, k_buffers, v_buffers, i, i < n)
+        zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
+        mbarrier.wait(bars.index(STAGES), 0)
+        keys = k_buffers.index(STAGES - 1).reshape([BLOCK_N, K_DIM]).permute((1, 0))
+        s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, [s])
+        weights, decay, total, peak = weigh(
+            s, begin, sees, mask, factor, mask, peak, total, HAS_MASK, False, SCORES
+        )
+        p = gl.convert_layout(weights.to(OPERAND), WEIGHTS)
+        mbarrier.wait(bars.index(0), 0)
+        for i in range(0, n - 1):
+            # Products of stage i run while the weights of tile i + 1 are computed.
+            keys = k_buffers.index(i % STAGES).reshape([BLOCK_N, K_DIM]).permute((1, 0))
+            s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+            acc = acc * gl.convert_layout(decay, RESULT_ROWS)[:, None]
+            values = v_buffers.index(i % STAGES).reshape([BLOCK_N, V_DIM])
+            o = warpgroup_mma(p, values, acc, is_async=True)
+            barrier()  # all warps are done with stage i - 1
+            stage = i + STAGES - 1
+            slot = begin + stage * BLOCK_N
+            issue(k_tiles, v_tiles, batch, kv_head, slot, bars, k_buffers, v_buffers, stage, stage < n)
+            s = warpgroup_mma_wait(1, [s])
+            weights, decay, total, peak = weigh(
+                s, begin + (i + 1) * BLOCK_N, sees, mask, factor, mask, peak, total, HAS_MASK, False,
+                SCORES,
+            )  # fmt: skip
+            next_p = gl.convert_layout(weights.to(OPERAND), WEIGHTS)
+            # The assembler may move what precedes a wait for products behind it, but not past this one.
+            mbarrier.wait(bars.index((i + 1) % STAGES), (i + 1) // STAGES & 1)
+            acc, p, next_p, decay = warpgroup_mma_wait(0, [o, p, next_p, decay])
+            p = next_p
+        acc = acc * gl.convert_layout(decay, RESULT_ROWS)[:, None]
+        values = v_buffers.index((n - 1) % STAGES).reshape([BLOCK_N, V_DIM])
+        o = warpgroup_mma(p, values, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [o])
+        for i in gl.static_range(STAGES + 1):
+            mbarrier.invalidate(bars.index(i))
+
+    share = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), RESULT_ROWS)
+    o_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=RESULT_ROWS)
+    columns = gl.arange(0, V_DIM, layout=gl.SliceLayout(0, RESULT))
+    place = (batch.to(gl.int64) * q_len + o_row // HEADS) * (gl.num_programs(1) * HEADS)
+    ptrs = out_ptr + (place + kv_head * HEADS + o_row % HEADS)[:, None] * V_DIM + columns[None, :]
+    gl.store(ptrs, (acc * share[:, None]).to(OPERAND), mask=(o_row < rows)[:, None])
+
+
+def describe(x: torch.Tensor) -> TensorDescriptor:
+    """Tiles of one head of keys or values `[B, Hkv, L, D]`."""
+    block = [1, 1, BLOCK_N.value, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, OPERANDS[x.dtype])
+    # Of a dimension of size 1 PyTorch's stride may be anything; TMA wants multiples of 16 bytes.
+    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
+
+
+def can_copy(x: torch.Tensor) -> bool:
+    """Whether TMA takes tiles of `[B, Hkv, L, D]`."""
+    strides = [s for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+    return aligned and x.stride(3) == 1
+
+
+def takes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None, scale: float, softcap: float | None, lse: torch.Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the kernel takes this call, and enough rows to be the faster one."""
+    if not has_wgmma(q.device) or not q.dtype == k.dtype == v.dtype or q.dtype not in OPERANDS:
+        return False
+    batch, heads, q_len, dim = q.shape
+    kv_heads = k.shape[1]
+    blocks = triton.cdiv(q_len * heads // kv_heads, BLOCK_M.value) * kv_heads * batch
+    kind, _, _ = mask_arguments(attn_mask, q, k.shape[2])
+    return (
+        {dim, v.shape[3]} <= {64, 128}
+        and kind in (NO_MASK.value, KEY_MASK.value)
+        and sinks is None
+        and not softcap
+        and lse is None
+        and scale > 0
+        and k.shape[2] > 0
+        and 2 * blocks >= sm_count(q.device)
+        and can_copy(k)
+        and can_copy(v)
+    )
+
+
+def attend_by_wgmma(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    """Fill `out` `[B, H, q, Dv]`, of which `[B, q, H, Dv]` is contiguous. `bounds` has a row a token."""
+    batch, heads, q_len, dim = q.shape
+    kv_heads, max_len = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
+    wgmma_attend_kernel[(triton.cdiv(q_len * group, BLOCK_M.value), kv_heads, batch)](
+        q, describe(k), describe(v), q if bounds is None else bounds, mask, out, *q.stride(),
+        *((0, 0) if bounds is None else bounds.stride()[:2]), mask_strides[0], mask_strides[3], q_len,
+        max_len, scale, OPERAND=OPERANDS[q.dtype], K_DIM=dim, V_DIM=v.shape[3], HEADS=group,
+        HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, kind), HAS_MASK=attn_mask is not None,
+        num_warps=8,
+    )  # fmt: skip
