@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from tq_inductor.beside import SEGMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- table: benchmarks/readme_table.py -->\n", "<!-- end of table -->"
+COMPARED = {
+    "dynamic": "DynamicCache, transformers eager",
+    "static-inductor": "StaticCache, transformers with Inductor",
+    "quantized": "QuantizedCache (quanto, 4 bits), transformers eager",
+    "static": 'StaticCache, `backend="turboquant"`',
+    "k4v4": 'TurboQuantCache, k4v4, `backend="turboquant"`',
+}
 CACHE_NAMES = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
 
 
@@ -38,14 +46,34 @@ def table() -> str:
         bits = f"{row['bits_per_byte']:.3f}" + ("" if lossless else f" ({row['delta_percent']:+.1f}%)")
         kept = fmt.slot_bytes + (0 if lossless else 2 * fmt.head_dim // SEGMENT)  # and its share of a mean
         lines.append(f"| {name} | {kept} | {kept / 512:.2f}x | {bits} | {time:.0f} µs |")
-    return "\n".join([*lines, "", *_steps(), "", *_two_gpus(), "", *_prefill()]) + "\n"
+    tables = (_generate(), _steps(), _two_gpus(), _prefill())
+    return "\n".join(chain(lines, *(["", *table] for table in tables))) + "\n"
+
+
+def _generate() -> list[str]:
+    """`generate` with each cache, transformers' own ways of running it beside ours."""
+    points = {(p["cache"], p["batch"], p["context"]): p for p in _result("generate")["points"]}
+    shapes = list(dict.fromkeys(key[1:] for key in points))
+    names = [f"{batch} x {context:,}" for batch, context in shapes]
+    steps = " | ".join([f"ms a token at {names[0]}", *names[1:]])
+    lines = [
+        f"| `generate`: transformers' Llama, 16 layers, hidden size 4096 | {steps} "
+        f"| first token, {names[0]} | cache | peak memory |",
+        "|---" * (len(shapes) + 4) + "|",
+    ]
+    for cache, name in COMPARED.items():
+        times = " | ".join(f"{points[(cache, *shape)]['step_ms']:.1f}" for shape in shapes)
+        point = points[(cache, *shapes[0])]
+        held, peak = (f"{point[key] / 2**30:.1f} GiB" for key in ("cache_bytes", "peak_bytes"))
+        lines.append(f"| {name} | {times} | {point['first_token_s']:.2f} s | {held} | {peak} |")
+    return lines
 
 
 def _steps() -> list[str]:
     """Whole decode steps of a transformers model."""
     steps = _result("step")["steps"]
     lines = [
-        "| a whole decode step: transformers' Llama, 16 layers, hidden size 4096 | ms | floor |",
+        "| a decode step of that model, without `generate` | ms | floor |",
         "|---|---|---|",
     ]
     for row in steps:

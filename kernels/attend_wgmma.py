@@ -18,10 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .bits import sm_count
 from .prefill_wgmma import BLOCK_M, BLOCK_N, STAGES, barrier, copy_tile, has_wgmma, weigh
 from .scores import KEY_MASK, LOG2_E, NO_MASK, has_whole, mask_arguments
 
+# Of fewer a block has too little to do: it takes 7 us beside its tiles, and no second one runs meanwhile.
+LEAST_QUERIES = 4096
 OPERANDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -170,22 +171,19 @@ def takes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None,
     sinks: torch.Tensor | None, scale: float, softcap: float | None, lse: torch.Tensor | None,
 ) -> bool:  # fmt: skip
-    """Whether the kernel takes this call, and enough rows to be the faster one."""
+    """Whether the kernel takes this call, and enough queries to be the faster one."""
     if not has_wgmma(q.device) or not q.dtype == k.dtype == v.dtype or q.dtype not in OPERANDS:
         return False
-    batch, heads, q_len, dim = q.shape
-    kv_heads = k.shape[1]
-    blocks = triton.cdiv(q_len * heads // kv_heads, BLOCK_M.value) * kv_heads * batch
     kind, _, _ = mask_arguments(attn_mask, q, k.shape[2])
     return (
-        {dim, v.shape[3]} <= {64, 128}
+        q.shape[2] >= LEAST_QUERIES
+        and {q.shape[3], v.shape[3]} <= {64, 128}
         and kind in (NO_MASK.value, KEY_MASK.value)
         and sinks is None
         and not softcap
         and lse is None
         and scale > 0
         and k.shape[2] > 0
-        and 2 * blocks >= sm_count(q.device)
         and can_copy(k)
         and can_copy(v)
     )

@@ -90,7 +90,7 @@ MAY_IMPORT = {
             "format",
         ),
     ],
-    "kernels.attend_wgmma": ["kernels.bits", "kernels.prefill_wgmma", "kernels.scores"],
+    "kernels.attend_wgmma": ["kernels.prefill_wgmma", "kernels.scores"],
     "kernels.prefill_wgmma": ["kernels.bits", "kernels.prefill", "kernels.segments"],
     "kernels.append": ["kernels.*", "beside", "format", "results"],
     "kernels.decode_tile": [
