@@ -1,8 +1,7 @@
 """Attention of many new tokens over 16-bit keys and values with wgmma (sm_90): `decode`'s for prompts.
 
-Flash attention by blocks of 128 query rows, each over the slots that it sees, as `prefill_wgmma` has it:
-while the weights of a tile are computed, the tensor cores multiply those of the one before with its values.
-TMA copies tiles of one KV head each, so what another head or row holds is never read.
+Flash attention by blocks of 128 query rows, each over the slots that it sees (`wgmma_tiles`). TMA copies
+tiles of one KV head each, so what another head or row holds is never read.
 Bytes: queries and results once, keys and values once a row block (from the second-level cache).
 """
 
@@ -10,31 +9,14 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .prefill_wgmma import BLOCK_M, BLOCK_N, STAGES, barrier, copy_tile, has_wgmma, weigh
 from .scores import KEY_MASK, LOG2_E, NO_MASK, has_whole, mask_arguments
+from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles, has_wgmma
 
 # Of fewer a block has too little to do: it takes 7 us beside its tiles, and no second one runs meanwhile.
 LEAST_QUERIES = 4096
 OPERANDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-@gluon.jit
-def issue(k_tiles, v_tiles, batch, kv_head, slot, bars, k_buffers, v_buffers, stage, pred):
-    """Stage i: values of tile i, from `slot`, and keys of tile i + 1."""
-    which = stage % STAGES
-    bar = bars.index(which)
-    BYTES: gl.constexpr = BLOCK_N * (k_tiles.block_shape[3] + v_tiles.block_shape[3]) * 2
-    mbarrier.expect(bar, BYTES, pred=pred)
-    copy_tile(k_tiles, [batch, kv_head, slot + BLOCK_N, 0], bar, k_buffers.index(which), pred=pred)
-    copy_tile(v_tiles, [batch, kv_head, slot, 0], bar, v_buffers.index(which), pred=pred)
 
 
 @gluon.jit
@@ -49,7 +31,6 @@ def wgmma_attend_kernel(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V_DIM, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     RESULT_ROWS: gl.constexpr = gl.SliceLayout(1, RESULT)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K_DIM, K_DIM // 8], [8, 1], [1, 0])
     block = gl.num_programs(0) - 1 - gl.program_id(0)  # the last rows, which see most, come first
     kv_head, batch = gl.program_id(1), gl.program_id(2)
@@ -92,56 +73,10 @@ def wgmma_attend_kernel(
     acc = gl.zeros([BLOCK_M, V_DIM], gl.float32, RESULT)
     n = gl.cdiv(end - begin, BLOCK_N)
     if n > 0:
-        k_buffers = gl.allocate_shared_memory(OPERAND, [STAGES, 1, 1, BLOCK_N, K_DIM], k_tiles.layout)
-        v_buffers = gl.allocate_shared_memory(OPERAND, [STAGES, 1, 1, BLOCK_N, V_DIM], v_tiles.layout)
-        bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES + 1):
-            mbarrier.init(bars.index(i), count=1)
-        fence_async_shared()  # of the queries and the barriers
-        barrier()
-        # The first keys, in the last stage's place.
-        mbarrier.expect(bars.index(STAGES), BLOCK_N * K_DIM * 2)
-        copy_tile(k_tiles, [batch, kv_head, begin, 0], bars.index(STAGES), k_buffers.index(STAGES - 1))
-        for i in gl.static_range(STAGES - 1):
-            slot = begin + i * BLOCK_N
-            issue(k_tiles, v_tiles, batch, kv_head, slot, bars, k_buffers, v_buffers, i, i < n)
-        zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
-        mbarrier.wait(bars.index(STAGES), 0)
-        keys = k_buffers.index(STAGES - 1).reshape([BLOCK_N, K_DIM]).permute((1, 0))
-        s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, [s])
-        weights, decay, total, peak = weigh(
-            s, begin, sees, mask, factor, mask, peak, total, HAS_MASK, False, SCORES
-        )
-        p = gl.convert_layout(weights.to(OPERAND), WEIGHTS)
-        mbarrier.wait(bars.index(0), 0)
-        for i in range(0, n - 1):
-            # Products of stage i run while the weights of tile i + 1 are computed.
-            keys = k_buffers.index(i % STAGES).reshape([BLOCK_N, K_DIM]).permute((1, 0))
-            s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-            acc = acc * gl.convert_layout(decay, RESULT_ROWS)[:, None]
-            values = v_buffers.index(i % STAGES).reshape([BLOCK_N, V_DIM])
-            o = warpgroup_mma(p, values, acc, is_async=True)
-            barrier()  # all warps are done with stage i - 1
-            stage = i + STAGES - 1
-            slot = begin + stage * BLOCK_N
-            issue(k_tiles, v_tiles, batch, kv_head, slot, bars, k_buffers, v_buffers, stage, stage < n)
-            s = warpgroup_mma_wait(1, [s])
-            weights, decay, total, peak = weigh(
-                s, begin + (i + 1) * BLOCK_N, sees, mask, factor, mask, peak, total, HAS_MASK, False,
-                SCORES,
-            )  # fmt: skip
-            next_p = gl.convert_layout(weights.to(OPERAND), WEIGHTS)
-            # The assembler may move what precedes a wait for products behind it, but not past this one.
-            mbarrier.wait(bars.index((i + 1) % STAGES), (i + 1) // STAGES & 1)
-            acc, p, next_p, decay = warpgroup_mma_wait(0, [o, p, next_p, decay])
-            p = next_p
-        acc = acc * gl.convert_layout(decay, RESULT_ROWS)[:, None]
-        values = v_buffers.index((n - 1) % STAGES).reshape([BLOCK_N, V_DIM])
-        o = warpgroup_mma(p, values, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [o])
-        for i in gl.static_range(STAGES + 1):
-            mbarrier.invalidate(bars.index(i))
+        acc, total, peak = attend_tiles(
+            q, k_tiles, v_tiles, (batch, kv_head, begin), begin, n, sees, mask, factor, mask, peak, total,
+            acc, HAS_MASK, False, OPERAND, K_DIM, V_DIM, 4, SCORES, RESULT,
+        )  # fmt: skip
 
     share = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), RESULT_ROWS)
     o_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=RESULT_ROWS)

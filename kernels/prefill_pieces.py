@@ -35,9 +35,10 @@ from .prefill import (
     visible_prefix,
     whole_slots,
 )
-from .prefill_wgmma import WGMMA_TILE, describe, has_wgmma, wgmma_piece_kernel
+from .prefill_wgmma import WGMMA_TILE, describe, wgmma_piece_kernel
 from .scores import FLOAT_MASK, KEY_MASK, NO_MASK, has_whole, hide, mask_arguments, squash
 from .segments import MEAN_OF
+from .wgmma_tiles import has_wgmma
 
 WORKSPACE = 64 << 20  # bytes, whatever the context is
 LEAST_ROWS = 256  # query rows of a KV head: for fewer `prefill`, which unpacks a tile for 128, is faster

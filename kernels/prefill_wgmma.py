@@ -1,69 +1,19 @@
 """`prefill_pieces.piece_kernel` for wgmma (sm_90): no softcap, and no mask but one over keys.
 
-While the weights of a tile are computed, the tensor cores multiply those of the one before with its values.
-Triton waits for a product whose result is used in the same iteration, so this is Gluon.
-
-A program is two groups of four warps, each of 64 rows. A stage of the ring in shared memory has the values
-of a tile and the keys of the next one, which TMA copies two stages ahead.
 Bytes: as `piece_kernel`.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bits import TINY
 from .prefill import WEIGHT_BITS, WEIGHT_UNIT
 from .segments import MEAN_OF
+from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles
 
-BLOCK_M, BLOCK_N, STAGES = gl.constexpr(128), gl.constexpr(128), gl.constexpr(3)
 WGMMA_TILE = (BLOCK_M.value, BLOCK_N.value)
-# Triton 3.9 has other names for these.
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-@gluon.jit
-def issue(k_tiles, v_tiles, row, bars, k_buffers, v_buffers, stage, pred):
-    """Stage i: values of tile i, from `row`, and keys of tile i + 1."""
-    which = stage % STAGES
-    bar = bars.index(which)
-    BYTES: gl.constexpr = BLOCK_N * (k_tiles.block_shape[1] + v_tiles.block_shape[1]) * 2
-    mbarrier.expect(bar, BYTES, pred=pred)
-    copy_tile(k_tiles, [row + BLOCK_N, 0], bar, k_buffers.index(which), pred=pred)
-    copy_tile(v_tiles, [row, 0], bar, v_buffers.index(which), pred=pred)
-
-
-@gluon.jit
-def weigh(
-    s, start, sees, mask, factor, means, peak, total, HAS_MASK: gl.constexpr, HAS_MEAN: gl.constexpr,
-    SCORES: gl.constexpr,
-):  # fmt: skip
-    """A tile of the online softmax, base 2, of slots from `start`: (weights, decay, total, peak)."""
-    low, high, whole_from, whole_to, end = sees
-    mean_score = 0.0 * factor
-    if HAS_MEAN:  # one for all keys of a tile: it goes with the peak
-        mean_score = gl.load(means[0] + (start // MEAN_OF - means[3]) * means[1], mask=means[2], other=0.0)
-    if (start < whole_from) | (start + BLOCK_N > whole_to):
-        slot = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-        if HAS_MASK:
-            let_through = gl.load(mask[0] + slot.to(gl.int64) * mask[1], mask=slot < end, other=0) != 0
-            visible = visible & let_through[None, :]
-        s = gl.where(visible, s, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(s, axis=1) * factor + mean_score)
-    origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(s * factor[:, None] - (origin - mean_score - WEIGHT_BITS)[:, None])
-    decay = gl.exp2(peak - origin)
-    return weights, decay, total * decay + gl.sum(weights, axis=1), new_peak
 
 
 @gluon.jit(do_not_specialize=["batch_from"])
@@ -80,7 +30,6 @@ def wgmma_piece_kernel(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V_DIM, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     RESULT_ROWS: gl.constexpr = gl.SliceLayout(1, RESULT)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K_DIM, K_DIM // 8], [8, 1], [1, 0])
     split, block = gl.program_id(0) % splits, gl.program_id(0) // splits
     kv_head, batch = gl.program_id(1).to(gl.int64), gl.program_id(2).to(gl.int64) + batch_from
@@ -150,54 +99,11 @@ def wgmma_piece_kernel(
 
     n = gl.cdiv(end - begin, BLOCK_N)
     if n > 0:
-        k_buffers = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, K_DIM], k_tiles.layout)
-        v_buffers = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, V_DIM], v_tiles.layout)
-        bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES + 1):
-            mbarrier.init(bars.index(i), count=1)
-        fence_async_shared()  # of the queries and the barriers
-        barrier()
-        place = kv_row * piece - first + begin
-        # The first keys, in the last stage's place.
-        mbarrier.expect(bars.index(STAGES), BLOCK_N * K_DIM * 2)
-        copy_tile(k_tiles, [place, 0], bars.index(STAGES), k_buffers.index(STAGES - 1))
-        for i in gl.static_range(STAGES - 1):
-            issue(k_tiles, v_tiles, place + i * BLOCK_N, bars, k_buffers, v_buffers, i, i < n)
-        zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
-        mbarrier.wait(bars.index(STAGES), 0)
-        keys = k_buffers.index(STAGES - 1).permute((1, 0))
-        s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, [s])
-        weights, decay, total, peak = weigh(
-            s, begin, sees, mask, factor, means, peak, total, HAS_MASK, HAS_MEAN, SCORES
-        )
-        p = gl.convert_layout(weights.to(gl.float16), WEIGHTS)
-        mbarrier.wait(bars.index(0), 0)
-        for i in range(0, n - 1):
-            # Products of stage i run while the weights of tile i + 1 are computed.
-            keys = k_buffers.index(i % STAGES).permute((1, 0))
-            s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-            acc = acc * gl.convert_layout(decay, RESULT_ROWS)[:, None]
-            o = warpgroup_mma(p, v_buffers.index(i % STAGES), acc, is_async=True)
-            barrier()  # all warps are done with stage i - 1
-            stage = i + STAGES - 1
-            row_of_stage = place + stage * BLOCK_N
-            issue(k_tiles, v_tiles, row_of_stage, bars, k_buffers, v_buffers, stage, stage < n)
-            s = warpgroup_mma_wait(1, [s])
-            weights, decay, total, peak = weigh(
-                s, begin + (i + 1) * BLOCK_N, sees, mask, factor, means, peak, total, HAS_MASK, HAS_MEAN,
-                SCORES,
-            )  # fmt: skip
-            next_p = gl.convert_layout(weights.to(gl.float16), WEIGHTS)
-            # The assembler may move what precedes a wait for products behind it, but not past this one.
-            mbarrier.wait(bars.index((i + 1) % STAGES), (i + 1) // STAGES & 1)
-            acc, p, next_p, decay = warpgroup_mma_wait(0, [o, p, next_p, decay])
-            p = next_p
-        acc = acc * gl.convert_layout(decay, RESULT_ROWS)[:, None]
-        o = warpgroup_mma(p, v_buffers.index((n - 1) % STAGES), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [o])
-        for i in gl.static_range(STAGES + 1):
-            mbarrier.invalidate(bars.index(i))
+        place = (kv_row * piece - first + begin,)
+        acc, total, peak = attend_tiles(
+            q, k_tiles, v_tiles, place, begin, n, sees, mask, factor, means, peak, total, acc, HAS_MASK,
+            HAS_MEAN, gl.float16, K_DIM, V_DIM, 2, SCORES, RESULT,
+        )  # fmt: skip
 
     share = gl.convert_layout(v_unit / gl.where(total == 0.0, 1.0, total), RESULT_ROWS)
     gl.store(ptrs, acc * share[:, None], mask=(o_row < rows)[:, None] & (columns < V_DIM)[None, :])
@@ -209,9 +115,3 @@ def describe(x: torch.Tensor) -> TensorDescriptor:
     shape = [BLOCK_N.value, x.shape[1]]
     layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float16)
     return TensorDescriptor.from_tensor(x, shape, layout)
-
-
-def has_wgmma(device: torch.device) -> bool:
-    """Whether the kernel runs there."""
-    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)

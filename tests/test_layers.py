@@ -86,12 +86,16 @@ MAY_IMPORT = {
             "kernels.prefill_wgmma",
             "kernels.scores",
             "kernels.segments",
+            "kernels.wgmma_tiles",
             "beside",
             "format",
         ),
     ],
-    "kernels.attend_wgmma": ["kernels.prefill_wgmma", "kernels.scores"],
-    "kernels.prefill_wgmma": ["kernels.bits", "kernels.prefill", "kernels.segments"],
+    "kernels.attend_wgmma": ["kernels.scores", "kernels.wgmma_tiles"],
+    "kernels.prefill_wgmma": [
+        *("kernels.bits", "kernels.prefill", "kernels.segments", "kernels.wgmma_tiles"),
+    ],
+    "kernels.wgmma_tiles": ["kernels.prefill", "kernels.segments"],
     "kernels.append": ["kernels.*", "beside", "format", "results"],
     "kernels.decode_tile": [
         *("kernels.bits", "kernels.decode_rows", "kernels.pages", "kernels.scores", "kernels.segments"),
