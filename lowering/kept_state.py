@@ -15,7 +15,7 @@ from torch import fx
 from torch._dynamo.source import AttrSource
 
 from .find_calls import find_calls, value_of
-from .kv_source import OPS, calls_op
+from .kv_source import OPS, calls_op, packed_arguments
 from .writes import storages, written
 
 RESHAPING = (
@@ -37,12 +37,15 @@ def returns_keys(gm: fx.GraphModule) -> bool:
 def keep_in_place(gm: fx.GraphModule) -> None:
     """Tell CUDA graphs that what the graph writes, if it is an attribute of an object, stays in its place.
 
+    And the rotations of a packed cache, which would be copied at every step otherwise.
     As `torch._dynamo.mark_static_address` with `guard=False` does: should another object come, with other
     memory, the CUDA graph is recorded again. A tensor that is itself an argument may be another each time.
     """
     memory: set[int] = set()
     for node in gm.graph.nodes:
-        memory |= storages(*written(node))
+        named = packed_arguments(node)
+        rotations = (named[name] for name in ("k_rotation", "v_rotation") if name in named)
+        memory |= storages(*written(node), *rotations)
     for node in gm.graph.find_nodes(op="placeholder"):
         if storages(node) & memory and isinstance(getattr(node, "_dynamo_source", None), AttrSource):
             node.meta.setdefault("tensor_dict", {}).setdefault("_dynamo_static_input_type", "unguarded")

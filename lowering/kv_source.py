@@ -71,6 +71,14 @@ def arguments_of(node: fx.Node, op: Any) -> dict[str, Any]:
     return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
 
 
+def packed_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op over a packed cache by name; empty for any other node."""
+    for op in (OPS.tq_store, OPS.tq_append_attend, OPS.tq_decode, OPS.tq_dequantize):
+        if calls_op(node, op):
+            return arguments_of(node, op)
+    return {}
+
+
 def packed_source(key: fx.Node, value: fx.Node, sdpa: SDPANode, writes: Writes) -> PackedSource | None:
     """The packed cache that `key` and `value` (heads not repeated) are read from; None if none."""
     attention = sdpa.node

@@ -15,7 +15,7 @@ from torch import fx
 from ..format import KVFormat
 from ..storage import check_room, forget_length, note_length
 from .find_calls import value_of
-from .kv_source import OPS, arguments_of, calls_op
+from .kv_source import packed_arguments
 from .writes import Writes
 
 
@@ -36,7 +36,7 @@ def check_lengths(graph: fx.Graph) -> Callable[[tuple[Any, ...]], Callable[[], N
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     appends: dict[int, _Append] = {}  # by the input that holds the length
     for node in graph.nodes:
-        named = _arguments(node)
+        named = packed_arguments(node)
         seq_lens = named.get("seq_lens")
         if seq_lens not in inputs or value_of(seq_lens).dim() != 0:
             continue
@@ -101,14 +101,6 @@ def _only_appended(seq_length: fx.Node, append: _Append, writes: Writes) -> bool
     writers = writes.between(seq_length, last, seq_length)
     adds = [node for node in writers if node.op == "call_method" and node.target == "add_"]
     return len(writers) == len(adds) == len(append.new_tokens)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of one of our ops by name; empty for any other node."""
-    for op in (OPS.tq_store, OPS.tq_append_attend, OPS.tq_decode, OPS.tq_dequantize):
-        if calls_op(node, op):
-            return arguments_of(node, op)
-    return {}
 
 
 def _room(named: dict[str, Any]) -> Any:

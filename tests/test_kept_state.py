@@ -102,7 +102,7 @@ def test_a_cache_made_in_a_compiled_prefill_stays_where_it_is(kind):
     expected = {
         "static": {"length", "keys", "values"},
         "dynamic": set(),
-        "turboquant": {"length", "packed", "mean", "exact", "from"},
+        "turboquant": {"length", "packed", "mean", "exact", "from", "rotation"},
     }
     kept_in_place(model, IDS, past_key_values=cache)
     assert set(kept_in_place(model, IDS[:, :1], past_key_values=cache)) == expected[kind]
