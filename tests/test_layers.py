@@ -149,6 +149,7 @@ MAY_IMPORT = {
     "bench": ["bench_point", "errors"],
     "plot": ["errors"],
     "look_ups": [],
+    "balance": ["beside", "errors"],
     "calibrate": ["cache", "cache_layers", "errors", "format", "generate_text", "look_ups"],
     "lm_eval_model": ["beside", "cache", "layer_formats"],
     "plot_policy": ["plot"],
@@ -163,6 +164,7 @@ MAY_IMPORT_LATE = {
 # compiler works without Hugging Face, and registering the ops needs no Triton.
 ANYWHERE = {
     "transformers": [
+        "balance",
         "cache",
         "cache_layers",
         "calibrate",

@@ -15,6 +15,7 @@ _LAZY = {
     "TurboQuantCache": "cache",
     "PackedKVCache": "storage",
     "KVFormat": "format",
+    "balance_keys": "balance",
     "explain": "compiler",
     "attention_backends": "attention.select",
 }
@@ -34,7 +35,9 @@ _torch = _sys.modules.get("torch")
 if _torch is not None and not getattr(_torch.__spec__, "_initializing", False):
     _import_module(".ops", __name__)
 
-__all__ = ["KVFormat", "PackedKVCache", "TurboQuantCache", "attention_backends", "explain"]
+__all__ = [
+    *("KVFormat", "PackedKVCache", "TurboQuantCache", "attention_backends", "balance_keys", "explain"),
+]
 
 
 def __getattr__(name: str) -> _Any:

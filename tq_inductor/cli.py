@@ -178,6 +178,26 @@ def run_calibrate(args: argparse.Namespace) -> None:
         print(f"wrote {args.plot}")
 
 
+def run_balance(args: argparse.Namespace) -> None:
+    """`tq-inductor balance`."""
+    import torch
+
+    from .balance import balance_keys
+    from .generate_text import load_checkpoint
+
+    if args.out.exists():
+        raise UsageError(f"{args.out} exists: name a folder that does not, for the changed model")
+    tokenizer, model = load_checkpoint(args.model, args.dtype)
+    model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    inputs = tokenizer(args.text.read_text(), return_tensors="pt")["input_ids"][:, : args.tokens]
+    exponents = balance_keys(model, inputs.to(model.device))
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    scaled = sum(int(layer.count_nonzero()) for layer in exponents.values())
+    channels = sum(layer.numel() for layer in exponents.values())
+    print(f"scaled {scaled:,} of {channels:,} channels of keys; wrote {args.out}")
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """`tq-inductor bench`."""
     from .bench import grid, run_bench
@@ -247,6 +267,15 @@ def _parser() -> argparse.ArgumentParser:
         "--formats", type=kv_format_name, nargs="+", metavar="FORMAT", help="to choose from; default: eight"
     )
     add("--tokens", type=positive, default=2048, metavar="N", help="of the text to read; default: 2048")
+    add("--device", type=device_name, help="default: cuda if there is one")
+    add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
+
+    balance = command("balance", run_balance, "scale keys against queries, so that packing loses less")
+    add = balance.add_argument
+    add("text", type=existing_file, help="of the kind that the model will read")
+    add("model", help="folder or name of a checkpoint")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the changed checkpoint goes")
+    add("--tokens", type=positive, default=1024, metavar="N", help="of the text to read; default: 1024")
     add("--device", type=device_name, help="default: cuda if there is one")
     add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
 

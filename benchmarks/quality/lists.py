@@ -32,6 +32,11 @@ def cached_without(name: str) -> Scheme:
     return cached(name, sinks=0, recent=0)
 
 
+def balanced(name: str) -> Scheme:
+    """The same with weights that `balance_keys` has changed."""
+    return replace(cached(name), name=f"TurboQuantCache {name}, balanced keys", k_balance="powers")
+
+
 def calibrated(budget: str) -> Scheme:
     """A `TurboQuantCache` with the policy of `calibrate` with this budget (`calibrate.json`)."""
     names = tuple(CALIBRATED[budget]["kv_format"])
@@ -198,4 +203,8 @@ def on_synthetic_keys(base: str) -> tuple[Scheme, ...]:
     )
 
 
-SYNTHETIC = (*FORMATS, *(s for base in ("k4v4", "k3v3", "k2v2") for s in on_synthetic_keys(base)[1:]))
+SYNTHETIC = (
+    *FORMATS,
+    *map(balanced, NAMES),
+    *(s for base in ("k4v4", "k3v3", "k2v2") for s in on_synthetic_keys(base)[1:]),
+)

@@ -33,8 +33,9 @@ class Scheme:
         v_mean: subtract the first chunk's mean from values.
         k_balance, v_balance: "" none; "channels" a factor per channel; "pairs" one per RoPE pair, which
             commutes with RoPE, so that it can be multiplied into q_proj and k_proj; "weights" the same
-            from the weights alone; "full" a matrix per KV head. For values every kind, for keys "pairs"
-            and "weights", can be folded into the model's weights and costs nothing at run time.
+            from the weights alone; "powers" the nearest powers of two, as `balance_keys` takes them; "full"
+            a matrix per KV head. For values every kind, for keys all but "channels" and "full", can be
+            folded into the model's weights and costs nothing at run time.
         sinks, recent: tokens at the beginning and at the end that every query sees in 16 bits.
         ends: first and last layers that keep keys and values in 8 bits.
         cache: the format of a real cache of the package, which then takes the place of codes and shift.
@@ -142,18 +143,19 @@ def balance_matrix(kind: str, readers: torch.Tensor, stored: torch.Tensor) -> to
     2025, measured on queries; the full form is close to OSCAR, arXiv 2605.17757).
 
     Args:
-        kind: "", "channels", "pairs" or "full".
+        kind: "", "channels", "pairs", "powers" or "full".
         readers: Q `[H, D, D]`, second moment of what multiplies the vectors (queries, or W_o's rows).
         stored: K `[H, D, D]`, second moment of the vectors after their shift.
     """
     if not kind:
         return None
     readers, stored = (_regular(m.double()) for m in (readers, stored))
-    if kind in ("channels", "pairs"):
+    if kind != "full":
         diagonals = [m.diagonal(dim1=-2, dim2=-1) for m in (readers, stored)]
-        if kind == "pairs":
+        if kind != "channels":
             diagonals = [m.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2) for m in diagonals]
-        return torch.diag_embed((diagonals[0] / diagonals[1]) ** 0.25).float()
+        exponents = (diagonals[0] / diagonals[1]).log2() / 4
+        return torch.diag_embed((exponents.round() if kind == "powers" else exponents).exp2()).float()
     root = _power(stored, 0.5)
     inverse_root = _power(stored, -0.5)
     mean = inverse_root @ _power(root @ readers @ root, 0.5) @ inverse_root

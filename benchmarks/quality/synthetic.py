@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tq_inductor.beside import MEAN_SAMPLES, SEGMENT
+
 from .codes import CODES
 from .metrics import kl_divergence
 from .schemes import Scheme, balance_matrix, in_frame, key_shift, rope, second_moment, through_cache
@@ -92,6 +94,12 @@ def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (q.double() @ k.double().mT / HEAD_DIM**0.5).log_softmax(-1)
 
 
+def less_segment_means(k: torch.Tensor) -> torch.Tensor:
+    """Keys `[..., L, D]` less the mean of their segment, as a cache codes them."""
+    segments = k.unflatten(-2, (-1, SEGMENT))
+    return (segments - segments[..., :MEAN_SAMPLES, :].mean(-2, keepdim=True)).flatten(-3, -2)
+
+
 def figures(scheme: Scheme, data: Draw, reference: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
     """KL of the attention in nats and relative error of its output, means over heads and queries.
 
@@ -100,10 +108,14 @@ def figures(scheme: Scheme, data: Draw, reference: torch.Tensor, v: torch.Tensor
         v: `data.v` as read back by the scheme's code.
     """
     seen = data.other_k - key_shift(scheme.k_shift, data.other_k, data.bias, THETA)
+    if scheme.cache:
+        seen = less_segment_means(data.other_k)
     moments = second_moment(data.other_q), second_moment(seen)
     balance = balance_matrix(scheme.k_balance, *moments)
     if scheme.cache:
-        k, v = through_cache(scheme.cache, data.k, data.v, TOKENS)
+        frame = torch.eye(HEAD_DIM) if balance is None else balance
+        k, v = through_cache(scheme.cache, data.k @ frame, data.v, TOKENS)
+        k = k @ torch.linalg.inv(frame)
         for span in (slice(scheme.sinks), slice(TOKENS - scheme.recent, None)):
             k[:, :, span], v[:, :, span] = data.k[:, :, span], data.v[:, :, span]
     else:
