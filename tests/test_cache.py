@@ -381,6 +381,29 @@ def test_mixed_layers():
     generate(model, cache, padded_batch())
 
 
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+HYBRIDS = {
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "mamba_chunk_size": 8, "head_dim": 16},
+    "zamba2": {
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1],
+        "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_d_state": 8, "num_mem_blocks": 1,
+        "mamba_ngroups": 1, "chunk_size": 8, "attention_head_dim": 32, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("chunks", [[1] * 6, [7, 1, 1, 5, 1]], ids=["one by one", "chunks"])
+def test_attention_beside_a_linear_state_sees_no_empty_slots_without_a_mask(name, chunks):
+    model = build(name, torch.float32, **HYBRIDS[name])
+    ids = torch.randint(3, 99, (2, sum(chunks)))
+    caches = DynamicCache(config=model.config), TurboQuantCache(model.config, MAX_LEN)
+    for part in ids.split(chunks, 1):
+        with torch.no_grad():
+            expected, actual = (model(part, past_key_values=cache).logits for cache in caches)
+        torch.testing.assert_close(actual, expected)
+
+
 def test_layers_with_keys_of_different_sizes():
     sizes = {
         "head_dim": 16,
