@@ -160,8 +160,8 @@ class TurboQuantCache(Cache):
     def is_compileable(self) -> bool:
         """False, see `TurboQuantLayer.is_compileable`, unless there are static layers that are not ours.
 
-        These (Falcon-H1's and Zamba2's, which hold a linear state too) always return all slots. Where this is
-        False, transformers leaves out the mask of a single query, which would then see empty ones.
+        These (Falcon-H1's and Zamba2's, which hold a linear state too) always return all slots. Where this
+        is False, transformers leaves out the mask of a single query, which would then see empty ones.
         """
         return any(
             isinstance(layer, StaticLayer) and not isinstance(layer, SlidingLayer) for layer in self.layers
