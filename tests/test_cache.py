@@ -404,6 +404,24 @@ def test_attention_beside_a_linear_state_sees_no_empty_slots_without_a_mask(name
         torch.testing.assert_close(actual, expected)
 
 
+def test_tokens_without_room_leave_a_linear_state_before_packed_layers_as_it_was():
+    layers = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+    linear = {f"linear_{name}": 4 for name in ("num_value_heads", "num_key_heads", "conv_kernel_dim")}
+    dims = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    experts = {name: 32 for name in ("moe_intermediate_size", "shared_expert_intermediate_size")}
+    experts |= {"num_experts": 4, "num_experts_per_tok": 2}
+    model = build("qwen3_next", torch.float32, **layers, **linear, **dims, **experts)
+    ids = torch.randint(3, 99, (2, 15))
+    caches = DynamicCache(config=model.config), TurboQuantCache(model.config, 16, kv_format="bf16")
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :14], past_key_values=cache)
+        with pytest.raises(CacheFullError):
+            model(ids[:, :3], past_key_values=caches[1])
+        expected, actual = (model(ids[:, 14:], past_key_values=cache).logits for cache in caches)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=5e-3)
+
+
 def test_layers_with_keys_of_different_sizes():
     sizes = {
         "head_dim": 16,

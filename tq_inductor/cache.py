@@ -7,6 +7,7 @@ layers are transformers' own. This file and `cache_layers` are the only ones tha
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -150,7 +151,7 @@ class TurboQuantCache(Cache):
     @staticmethod
     def _skipped(skip_layers: Iterable[int], num_layers: int) -> set[int]:
         skipped = set()
-        for i in skip_layers:
+        for i in map(operator.index, skip_layers):
             if not -num_layers <= i < num_layers:
                 raise ValueError(f"skip_layers has {i}, but the model has {num_layers} layers")
             skipped.add(i % num_layers)
@@ -189,14 +190,25 @@ class TurboQuantCache(Cache):
         """
         if value_states.dtype != key_states.dtype:  # under autocast, RoPE leaves keys in float32
             value_states = value_states.to(key_states.dtype)
-        if layer_idx == 0 and self._packed and not torch.compiler.is_compiling():
-            first = self._packed[0]
-            if first is not self.layers[0] and first.is_initialized:  # layer 0 would be written first
-                check_room(first.seq_length, key_states.shape[-2], first.max_len)
+        if layer_idx == 0:
+            self._check_room(key_states.shape[-2])
         returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._packed and self.layers[layer_idx] is self._packed[-1]:
             self._packed[-1].announced.kv_length = 0  # it was for this forward pass
         return returned
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As a layer's; before any layer runs, so it refuses tokens that packed layers have no room for."""
+        self._check_room(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[no-any-return]
+
+    def _check_room(self, new_tokens: int) -> None:
+        """Raise `CacheFullError` where layers before the first packed one would be written already."""
+        if not self._packed or torch.compiler.is_compiling():
+            return
+        first = self._packed[0]
+        if first is not self.layers[0] and first.is_initialized:
+            check_room(first.seq_length, new_tokens, first.max_len)
 
     def reset(self) -> None:
         """Forget all tokens; the memory of packed layers stays."""
