@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
 from tq_inductor import KVFormat, TurboQuantCache, explain
-from tq_inductor.cache_layers import SlidingLayer, TurboQuantLayer
+from tq_inductor.cache_layers import HybridLayer, SlidingLayer, TurboQuantLayer
 from tq_inductor.errors import CacheFullError, CacheMismatchError, FormatError, UnsupportedModelError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -348,8 +348,17 @@ def test_bad_arguments():
             TurboQuantCache(config, **{"max_cache_len": 64, **sizes})
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is no config: pass model.config"):
         TurboQuantCache(build("llama"), 64)
-    with pytest.raises(ValueError, match="recent_tokens=-1 must not be negative"):
-        TurboQuantCache(config, 64, recent_tokens=-1)
+    for tokens in (-1, 1.5):
+        with pytest.raises(ValueError, match=rf"recent_tokens={tokens} must be a whole number, at least 0"):
+            TurboQuantCache(config, 64, recent_tokens=tokens)
+    for name in (None, KVFormat("k4v4", 16), ["k4v4", None]):
+        with pytest.raises(FormatError, match=r"give the name of a format.*one for each layer"):
+            TurboQuantCache(config, 64, kv_format=name)
+    with pytest.raises(ValueError, match=r"dtype='bfloat16' is no torch\.dtype"):
+        TurboQuantCache(config, 64, dtype="bfloat16")
+    with pytest.raises(UnsupportedModelError, match="deepseek_v4 has layers of a type"):
+        TurboQuantCache(AutoConfig.for_model("deepseek_v4"), 64)
+    assert TurboQuantCache(config, 64, skip_layers=torch.tensor([-1])).layers[1].kv_format == "bf16"
     with pytest.raises(ValueError, match=r"sink_tokens=4: a bf16 cache keeps all tokens.*Leave it out"):
         TurboQuantCache(config, 64, kv_format="bf16", sink_tokens=4)
     with pytest.raises(ValueError, match="skip_layers has 2, but the model has 2 layers"):
@@ -394,10 +403,11 @@ HYBRIDS = {
 
 @pytest.mark.parametrize("name", HYBRIDS)
 @pytest.mark.parametrize("chunks", [[1] * 6, [7, 1, 1, 5, 1]], ids=["one by one", "chunks"])
-def test_attention_beside_a_linear_state_sees_no_empty_slots_without_a_mask(name, chunks):
-    model = build(name, torch.float32, **HYBRIDS[name])
+def test_attention_beside_a_linear_state(name, chunks):
+    model = build(name, torch.bfloat16, **HYBRIDS[name])
     ids = torch.randint(3, 99, (2, sum(chunks)))
-    caches = DynamicCache(config=model.config), TurboQuantCache(model.config, MAX_LEN)
+    caches = DynamicCache(config=model.config), TurboQuantCache(model.config, MAX_LEN, kv_format="bf16")
+    assert any(type(layer) is HybridLayer for layer in caches[1].layers)
     for part in ids.split(chunks, 1):
         with torch.no_grad():
             expected, actual = (model(part, past_key_values=cache).logits for cache in caches)
@@ -516,6 +526,42 @@ def test_batch_operations():
     assert int(cache.get_seq_length()) == 4
     cache.crop(-9)
     assert cache.get_seq_length() == 0
+
+
+STATES = {
+    "lfm2": {"layer_types": ["full_attention", "conv"], "block_multiple_of": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    **HYBRIDS,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_batch_operations_beside_other_layers(name):
+    model = build(name, torch.float32, **STATES[name])
+    ids = torch.randint(3, 99, (2, 12))
+    cache, expected = (TurboQuantCache(model.config, MAX_LEN, kv_format="bf16") for _ in range(2))
+    with torch.no_grad():
+        model(ids[:, :11], past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        cache.batch_select_indices(torch.tensor([3, 0, 2]))
+        model(ids[[1, 0, 0], :11], past_key_values=expected)
+        actual, expected = (
+            model(ids[[1, 0, 0], 11:], past_key_values=each).logits for each in (cache, expected)
+        )
+    torch.testing.assert_close(actual, expected)
+    assert cache.batch_size == 3
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_crop_that_one_layer_refuses_leaves_all_as_they_were(name):
+    model = build(name, torch.float32, **STATES[name])
+    cache = TurboQuantCache(model.config, MAX_LEN)
+    with torch.no_grad():
+        model(torch.randint(3, 99, (1, 12)), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="cannot crop"):
+        cache.crop(-3)
+    lengths = {int(x.get_seq_length()) for x in cache.layers if hasattr(x, "get_seq_length")}
+    assert lengths == {12}
 
 
 def test_sliding_layers_are_cropped_or_say_why_not():

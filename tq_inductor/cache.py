@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
-from .cache_layers import AnnouncedLength, SlidingLayer, TurboQuantLayer, UncompiledLayer
+from .cache_layers import AnnouncedLength, HybridLayer, SlidingLayer, TurboQuantLayer, UncompiledLayer
 from .errors import UnsupportedModelError
 from .format import KVFormat
 from .layer_formats import exact_tokens, layer_formats
@@ -41,23 +44,36 @@ def _head_dim(layer: PretrainedConfig) -> int | None:
     return layer.hidden_size // heads if heads else None
 
 
-def _check_sizes(**given: int | None) -> None:
-    for name, size in given.items():
-        if size is not None and (size < 1 or size != int(size)):
-            raise ValueError(f"{name}={size} must be a whole number, at least 1")
+def _whole(name: str, given: SupportsIndex, least: int) -> int:
+    """An argument as an int, or ValueError."""
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name}={given} must be a whole number, at least {least}")
+    return number
 
 
 def _check_exact_tokens(formats: list[str], **given: int | None) -> None:
     lossless = all(KVFormat(name).is_lossless for name in formats)
     for name, count in given.items():
-        if count is None:
-            continue
-        if count < 0:
-            raise ValueError(f"{name}={count} must not be negative")
-        if count and lossless:
+        if count is not None and _whole(name, count, least=0) and lossless:
             raise ValueError(
                 f"{name}={count}: a {formats[0]} cache keeps all tokens as they are. Leave it out."
             )
+
+
+def _check_linear_crop(i: int, layer: LinearAttentionCacheLayerMixin, tokens_to_remove: int) -> None:
+    if layer.record_past and tokens_to_remove <= 0:
+        if not tokens_to_remove or not any(layer.is_recurrent_states_initialized.values()):
+            return
+        reason = "a recurrent state, which cannot go back"
+    else:
+        reason = "a state that goes back only by a negative number and after activate_past_recording()"
+    raise RuntimeError(
+        f"cannot crop {tokens_to_remove} tokens: layer {i} holds {reason}. Nothing was cropped."
+    )
 
 
 class TurboQuantCache(Cache):
@@ -75,8 +91,8 @@ class TurboQuantCache(Cache):
             default a layer's format decides: 4 and 12 where keys or values have 4 bits, 4 and 28 at 3,
             4 and 60 where values have 2, 4 and 124 where keys do, none at 8 bits; 0 for none. A cache of
             fewer tokens keeps all of them.
-        max_batch_size: if given, buffers are allocated now and not at the first forward; best for
-            CUDA graphs.
+        max_batch_size: rows of the batch, exactly so many. If given, buffers are allocated now and not at
+            the first forward; best for CUDA graphs.
         device, dtype: of these buffers; default: CUDA if there is one, and the config's dtype.
 
     Raises:
@@ -100,13 +116,23 @@ class TurboQuantCache(Cache):
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise UnsupportedModelError(f"{type(config).__name__} is no config: pass model.config")
-        _check_sizes(max_cache_len=max_cache_len, max_batch_size=max_batch_size)
+        max_cache_len = _whole("max_cache_len", max_cache_len, least=1)
+        if max_batch_size is not None:
+            max_batch_size = _whole("max_batch_size", max_batch_size, least=1)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is no torch.dtype: give torch.bfloat16, for one")
         decoder = config.get_text_config(decoder=True)
         if not hasattr(decoder, "num_hidden_layers"):
             raise UnsupportedModelError(
                 f"{type(config).__name__} has no num_hidden_layers: pass the config of a decoder model"
             )
-        layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        try:
+            layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        except KeyError as error:
+            raise UnsupportedModelError(
+                f"{decoder.model_type} has layers of a type for which transformers has no static cache: "
+                f"{error}"
+            ) from error
         head_dims = [_head_dim(layer) for layer in decoder.per_layer_config][: len(layers)]
         formats = layer_formats(kv_format, decoder, head_dims)
         _check_exact_tokens(formats, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
@@ -118,10 +144,13 @@ class TurboQuantCache(Cache):
         biased = decoder.model_type in BIASED_BY_TOKENS_HELD
         make_layer = UncompiledLayer if biased else TurboQuantLayer
         for i, layer in enumerate(layers):
-            if type(layer) is StaticLayer:
+            if type(layer) in (StaticLayer, LinearAttentionAndStaticFullAttentionLayer):
                 name = sixteen_bit if latent or i in skipped else formats[i]
-                beside = exact_tokens(name, sink_tokens, recent_tokens)
-                layers[i] = make_layer(max_cache_len, name, announced, *beside)
+                of_layer = (max_cache_len, name, announced, *exact_tokens(name, sink_tokens, recent_tokens))
+                if type(layer) is StaticLayer:
+                    layers[i] = make_layer(*of_layer)
+                else:
+                    layers[i] = HybridLayer(*of_layer, number_of_states=layer.number_of_states)
             elif type(layer) is StaticSlidingWindowLayer:
                 layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len)
         super().__init__(layers=layers)
@@ -161,8 +190,9 @@ class TurboQuantCache(Cache):
     def is_compileable(self) -> bool:
         """False, see `TurboQuantLayer.is_compileable`, unless there are static layers that are not ours.
 
-        These (Falcon-H1's and Zamba2's, which hold a linear state too) always return all slots. Where this
-        is False, transformers leaves out the mask of a single query, which would then see empty ones.
+        These (of sparse attention with an indexer, and of a window beside a linear state) always return all
+        slots. Where this is False, transformers leaves out the mask of a single query, which would then see
+        empty ones.
         """
         return any(
             isinstance(layer, StaticLayer) and not isinstance(layer, SlidingLayer) for layer in self.layers
@@ -190,7 +220,7 @@ class TurboQuantCache(Cache):
         """
         if value_states.dtype != key_states.dtype:  # under autocast, RoPE leaves keys in float32
             value_states = value_states.to(key_states.dtype)
-        if layer_idx == 0:
+        if layer_idx == 0:  # it may be another layer than a packed one, and would be written first
             self._check_room(key_states.shape[-2])
         returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._packed and self.layers[layer_idx] is self._packed[-1]:
@@ -203,12 +233,34 @@ class TurboQuantCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[no-any-return]
 
     def _check_room(self, new_tokens: int) -> None:
-        """Raise `CacheFullError` where layers before the first packed one would be written already."""
-        if not self._packed or torch.compiler.is_compiling():
-            return
-        first = self._packed[0]
-        if first is not self.layers[0] and first.is_initialized:
-            check_room(first.seq_length, new_tokens, first.max_len)
+        """Raise `CacheFullError` before any layer, of whichever kind, takes one of these tokens."""
+        if self._packed and self._packed[0].is_initialized and not torch.compiler.is_compiling():
+            check_room(self._packed[0].seq_length, new_tokens, self._packed[0].max_len)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a negative count, or (transformers < 5.18) the length to keep.
+
+        Raises:
+            RuntimeError: a layer cannot give them back; no layer has forgotten any.
+        """
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, SlidingLayer):
+                layer.tokens_to_crop(tokens_to_remove)
+            elif isinstance(layer, LinearAttentionCacheLayerMixin):
+                _check_linear_crop(i, layer, tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row of the batch `repeats` times; in new memory."""
+        rows = torch.arange(max(self.batch_size, 0))
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The batch becomes its rows `indices`, `[rows]` int64; in new memory."""
+        indices = torch.as_tensor(indices)
+        for layer in self.layers:
+            # A linear state has no such method, but takes any number of rows in this one.
+            getattr(layer, "batch_select_indices", layer.reorder_cache)(indices)
 
     def reset(self) -> None:
         """Forget all tokens; the memory of packed layers stays."""
@@ -222,12 +274,13 @@ class TurboQuantCache(Cache):
         """Bytes that hold keys and values, measured from the tensors' storage."""
         total = 0
         for layer in self.layers:
-            if isinstance(layer, TurboQuantLayer):
-                total += layer.nbytes if layer.is_initialized else 0
-            else:
+            states = []
+            if not isinstance(layer, TurboQuantLayer):
                 states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-                for name in ("conv_states", "recurrent_states"):
-                    held = getattr(layer, name, None)
-                    states += held.values() if isinstance(held, dict) else [held]
-                total += sum(x.untyped_storage().nbytes() for x in states if x is not None)
+            elif layer.is_initialized:
+                total += layer.nbytes
+            for name in ("conv_states", "recurrent_states"):
+                held = getattr(layer, name, None)
+                states += held.values() if isinstance(held, dict) else [held]
+            total += sum(x.untyped_storage().nbytes() for x in states if x is not None)
         return total

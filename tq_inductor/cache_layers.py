@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticSlidingWindowLayer,
 )
 
@@ -147,13 +148,8 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
         for _, buffer in self._rows_of_batch():
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row of the batch `repeats` times; in new memory."""
-        for name, buffer in self._rows_of_batch():
-            setattr(self, name, buffer.repeat_interleave(repeats, 0))
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only rows `indices` of the batch; in new memory."""
+        """The batch becomes its rows `indices`, as many as they are; in new memory."""
         for name, buffer in self._rows_of_batch():
             setattr(self, name, buffer[indices.to(buffer.device)])
 
@@ -183,6 +179,54 @@ class UncompiledLayer(TurboQuantLayer):
     get_mask_sizes = torch.compiler.disable(TurboQuantLayer.get_mask_sizes, reason=_REASON)
 
 
+class HybridLayer(LinearAttentionLayer, TurboQuantLayer):
+    """Packed keys and values beside a linear state, which is transformers' own (Falcon-H1, Zamba2)."""
+
+    is_compileable = False  # as TurboQuantLayer
+
+    def __init__(
+        self,
+        max_cache_len: int,
+        kv_format: str,
+        announced: AnnouncedLength,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+        *,
+        number_of_states: int = 1,
+    ) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        TurboQuantLayer.__init__(self, max_cache_len, kv_format, announced, sink_tokens, recent_tokens)
+
+    def lazy_initialization(self, *keys_and_values: torch.Tensor, **states: torch.Tensor) -> None:
+        """Make the buffers of keys and values (both positional), or of a linear state (by name)."""
+        if keys_and_values:
+            TurboQuantLayer.lazy_initialization(self, *keys_and_values)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **states)
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        LinearAttentionLayer.reset(self)
+        TurboQuantLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, which a linear state can if its past was recorded."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        TurboQuantLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows of the batch become rows `beam_idx`."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        TurboQuantLayer.reorder_cache(self, beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The batch becomes its rows `indices`, as many as they are; in new memory."""
+        LinearAttentionLayer.reorder_cache(self, indices)  # it takes any number of rows
+        TurboQuantLayer.batch_select_indices(self, indices)
+
+    offload = prefetch = TurboQuantLayer.offload
+
+
 class SlidingLayer(StaticSlidingWindowLayer):
     """transformers' static sliding-window layer, with the batch operations of its dynamic one.
 
@@ -210,19 +254,23 @@ class SlidingLayer(StaticSlidingWindowLayer):
             layer.cumulative_length = self.cumulative_length_int
         return layer
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: a negative count, or (transformers < 5.18) the length to keep."""
+    def tokens_to_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` would forget; RuntimeError if it cannot, since some left the window."""
         length = self.cumulative_length_int
         removed = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
-        if removed <= 0:
-            return
-        if length > self.max_cache_len:
+        if removed > 0 and length > self.max_cache_len:
             raise RuntimeError(
                 f"cannot crop {removed} tokens: of {length} tokens this layer kept the last "
                 f"{self.max_cache_len} only. Call activate_past_recording() before they are appended."
             )
-        self.cumulative_length_int = max(length - removed, 0)
-        self.cumulative_length.fill_(self.cumulative_length_int)
+        return min(max(removed, 0), length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a negative count, or (transformers < 5.18) the length to keep."""
+        removed = self.tokens_to_crop(tokens_to_remove)
+        if removed:
+            self.cumulative_length_int -= removed
+            self.cumulative_length.fill_(self.cumulative_length_int)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows of the batch become rows `beam_idx`, in place."""
@@ -230,13 +278,9 @@ class SlidingLayer(StaticSlidingWindowLayer):
             for state in (self.keys, self.values):
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row of the batch `repeats` times; in new memory."""
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, 0)
-            self.values = self.values.repeat_interleave(repeats, 0)
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only rows `indices` of the batch; in new memory."""
+        """The batch becomes its rows `indices`, as many as they are; in new memory."""
         if self.is_initialized:
+            indices = indices.to(self.keys.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
+            self.batch_size = len(indices)

@@ -98,6 +98,11 @@ def layer_formats(
             kv_format, reason = safe_format(config, head_dims)
             log.info('kv_format="auto" is %s: %s', kv_format, reason)
         kv_format = [kv_format] * len(head_dims)
+    if not isinstance(kv_format, Sequence) or not all(isinstance(name, str) for name in kv_format):
+        raise FormatError(
+            f'kv_format={kv_format!r}: give the name of a format, such as "k4v4", or a list with one for '
+            "each layer"
+        )
     if len(kv_format) != len(head_dims):
         raise ValueError(
             f"kv_format names {len(kv_format)} formats, but the model has {len(head_dims)} layers: give "
