@@ -100,7 +100,10 @@ def _figure(
                 axes.plot(
                     [row[x] for row in rows],
                     [value(row) for row in rows],
-                    marker="o",
+                    marker="so^Dv"[caches.index(cache) % 5],
+                    # Lines that lie on one another are both seen.
+                    linestyle="--" if cache in LABELS and cache != "static" else "-",
+                    fillstyle="none",
                     color=f"C{caches.index(cache)}",
                     label=LABELS.get(cache, f"tq_inductor: TurboQuantCache {cache}"),
                 )
