@@ -28,7 +28,7 @@ class Found:
     key: fx.Node  # heads not repeated
     value: fx.Node
     source: PackedSource | None
-    form: MaskForm | None  # None: not looked at, since something has not four dimensions
+    form: MaskForm | None  # None: not looked at, for its dimensions or what it is inside of
 
 
 def operands(sdpa: SDPANode) -> list[fx.Node]:
@@ -41,6 +41,12 @@ def has_four_dimensions(sdpa: SDPANode) -> bool:
     """Whether q, k and v are `[B, H, n, D]` and a mask broadcasts to `[B, H, q, L]`."""
     dims = [value_of(node).dim() for node in operands(sdpa)]
     return dims[:3] == [4, 4, 4] and all(d <= 4 for d in dims)
+
+
+def is_transformed(sdpa: SDPANode) -> bool:
+    """Whether the call is inside `torch.func.vmap`, `grad` or `jvp`, where tensors stand for others."""
+    values = [value_of(node) for node in (*operands(sdpa), sdpa.node)]
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values)
 
 
 def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionCall:
@@ -89,7 +95,9 @@ def _obstacles(found: Found) -> list[str]:
     sdpa = found.sdpa
     q, k, v, out = (value_of(n) for n in (sdpa.query, found.key, found.value, sdpa.node))
     reasons = []
-    if found.form is None:
+    if is_transformed(sdpa):
+        reasons.append("inside torch.func.vmap, grad or jvp")
+    elif found.form is None:
         dims = ", ".join(str(value_of(n).dim()) for n in operands(sdpa))
         reasons.append(f"q, k, v and a mask have {dims} dimensions (needs 4, of a mask at most 4)")
     elif any(not statically_known_true(a == b) for a, b in _sizes(q, k, v)):

@@ -15,6 +15,7 @@ PARAMETERS = (
 )  # fmt: skip
 ALL_SDPA_BACKENDS = {"MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"}
 SPELLED_OTHERWISE = "tq_spelled_otherwise"  # in the meta of an SDPA node that the user did not write
+RESTRICTED = "tq_restricted"  # in the meta of a sub-graph's module: as in `SDPANode`
 DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -47,7 +48,7 @@ class SDPANode:
 
 def find_calls(graph: fx.Graph) -> Iterator[SDPANode]:
     """The attention calls of one graph, in order, each as it is when its turn comes."""
-    restricted = ""
+    restricted = _inherited(graph)
     for node in list(graph.nodes):
         if _is_sdpa_kernel(node):
             restricted = _allowed_backends(node)
@@ -64,7 +65,20 @@ def restricted_at(node: fx.Node) -> str:
         node = node.prev
         if _is_sdpa_kernel(node):
             return _allowed_backends(node)
-    return ""
+    return _inherited(node.graph)
+
+
+def note_restrictions(gm: fx.GraphModule) -> None:
+    """Tell each sub-graph (of a checkpoint or `cond`) which `sdpa_kernel(...)` it is called inside of."""
+    for module in gm.modules():  # one that calls comes before what it calls
+        for node in module.graph.find_nodes(op="get_attr") if isinstance(module, fx.GraphModule) else ():
+            called = getattr(module, str(node.target), None)
+            if isinstance(called, fx.GraphModule):
+                called.meta[RESTRICTED] = restricted_at(next(iter(node.users), node))
+
+
+def _inherited(graph: fx.Graph) -> str:
+    return graph.owning_module.meta.get(RESTRICTED, "") if graph.owning_module else ""
 
 
 def _is_sdpa_kernel(node: fx.Node) -> bool:

@@ -20,11 +20,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from ..attention.call import AttentionCall
-from ..attention.select import BY_NAME, AttentionBackend, select
+from ..attention.select import BY_NAME, AttentionBackend, cannot_run, select
 from ..report import CallRow, Report, row_of
 from .beyond_sdpa import find_calls_beyond_sdpa
-from .describe_call import Found, describe, has_four_dimensions
-from .find_calls import SDPANode, find_calls, value_of
+from .describe_call import Found, describe, has_four_dimensions, is_transformed
+from .find_calls import SDPANode, find_calls, note_restrictions, value_of
 from .graph_writer import GraphWriter
 from .kv_source import OPS, PackedSource, calls_op, packed_source
 from .mask_form import MaskForm, is_plain_causal, mask_form
@@ -49,10 +49,14 @@ def rewrite(gm: fx.GraphModule, requested: dict[str, str]) -> Report:
             must not be used.
     """
     rows: list[CallRow] = []
+    note_restrictions(gm)
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
-        rows += spell_as_sdpa(module.graph)
+        for row in spell_as_sdpa(module.graph):
+            if (name := requested[row.phase]) != "auto":
+                raise cannot_run(name, row.phase, row.shapes, row.not_chosen["sdpa"])
+            rows.append(row)
         rewriter = _Rewriter(module.graph)
         calls = itertools.chain(find_calls(module.graph), find_calls_beyond_sdpa(module.graph))
         found = [rewriter.rewrite(call, requested) for call in calls]
@@ -91,7 +95,7 @@ class _Rewriter:
 
     def _look_at(self, sdpa: SDPANode) -> Found:
         key, value, source, form = sdpa.key, sdpa.value, None, None
-        if has_four_dimensions(sdpa):
+        if has_four_dimensions(sdpa) and not is_transformed(sdpa):
             key, k_repeats = strip_repeated_heads(key, sdpa.node, self._writes)
             value, v_repeats = strip_repeated_heads(value, sdpa.node, self._writes)
             if k_repeats != v_repeats:
@@ -238,11 +242,11 @@ def _pages_of(source: PackedSource) -> dict[str, fx.Node]:
 
 def _erase_unused(*nodes: fx.Node, until: tuple[fx.Node, ...]) -> None:
     """Erase chains of first arguments that nobody uses any more, down to the nodes `until`."""
-    for node in nodes:
+    for node in dict.fromkeys(nodes):  # keys may be the values
         while node not in until and not node.users:
-            below = node.args[0]
+            below = node.all_input_nodes[0]
             node.graph.erase_node(node)
-            node = below  # type: ignore[assignment]
+            node = below
 
 
 def _chain(sdpa: SDPANode) -> list[fx.Node]:
@@ -251,5 +255,5 @@ def _chain(sdpa: SDPANode) -> list[fx.Node]:
     for node in (sdpa.key, sdpa.value):
         while not calls_op(node, OPS.tq_dequantize):
             nodes.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.all_input_nodes[0]
     return nodes

@@ -241,6 +241,8 @@ def _product(node: fx.Node) -> Scores:
         if len(node.args) != 2 or node.kwargs:
             raise LeftAloneError(f"{name_of(node)} with other arguments than two tensors")
         return Scores(Operand(node.args[0]), _transposed(node.args[1]))  # type: ignore[arg-type]
+    if in_place(node) or "out" in node.kwargs:
+        raise LeftAloneError(f"{name_of(node)} writes the scores over another tensor")
     named = {"beta": 1, "alpha": 1} | arguments(node, "input", "batch1", "batch2")
     beta, alpha = known_number(named["beta"]), known_number(named["alpha"])
     if beta is None or alpha is None:

@@ -23,11 +23,14 @@ from torch import fx
 from .find_calls import SDPANode, value_of
 from .graph_writer import GraphWriter
 from .index_expr import KEY, Apply, Constant, Element, Expr, Index
+from .mask_arithmetic import INTEGERS
 from .mask_form import EVERYTHING, MaskForm, elements, parts
 from .read_mask import ZERO, is_one
 from .writes import Writes
 
 MAX_JOINT_QUERIES = 16  # so many share a tile of any kernel: one extent for all of them
+# Numbers beyond are taken for it ("no window" may be the largest int64), so that no sum of a few overflows.
+FARTHEST = 1 << 61
 
 
 class Visibility:
@@ -142,7 +145,8 @@ def _joined(write: GraphWriter, *ends: fx.Node) -> fx.Node:
     """Bounds of `[B|1, 1, q|1, 1]` ends."""
     alike = write.call(torch.broadcast_tensors, *ends)
     joined = write.call(torch.cat, [write.call(operator.getitem, alike, i) for i in range(len(ends))], -1)
-    return write.call("to", write.call("squeeze", joined, 1), torch.int32)
+    within = write.call("clamp", write.call("squeeze", joined, 1), 0, torch.iinfo(torch.int32).max)
+    return write.call("to", within, torch.int32)
 
 
 def _size_of_axis(sdpa: SDPANode, axis: int) -> tuple[fx.Node, int] | int | None:
@@ -171,7 +175,7 @@ class _Emitter:
 
     def __init__(self, write: GraphWriter, sdpa: SDPANode) -> None:
         self._write, self._sdpa = write, sdpa
-        self._known: dict[Expr, Any] = {}
+        self._known: dict[tuple[Expr, int | None], Any] = {}
 
     def size(self, axis: int) -> fx.Node | int:
         """The size of an axis."""
@@ -179,9 +183,14 @@ class _Emitter:
         assert size is not None, "can_build() was not asked"
         return size if isinstance(size, int) else self._write.size(*size)
 
-    def tensor(self, x: Expr) -> fx.Node:
-        """`x` as a 4-D tensor, sizes 1 where it does not depend on the axis."""
-        value = self._emit(x)
+    def tensor(self, x: Expr, farthest: int | None = FARTHEST) -> fx.Node:
+        """`x` as a 4-D tensor, sizes 1 where it does not depend on the axis; integers as int64.
+
+        Args:
+            farthest: numbers of tensors beyond it are taken for it; None: they stay and sums may wrap
+                around, which hides no difference.
+        """
+        value = self._emit(x, farthest)
         if isinstance(value, fx.Node) and isinstance(value_of(value), torch.Tensor):
             if value_of(value).dim() == 4:
                 return value
@@ -189,22 +198,33 @@ class _Emitter:
         dtype = torch.bool if isinstance(value, bool) else torch.int64
         return self._write.call(torch.full, (1, 1, 1, 1), value, dtype=dtype, device=self._write.device)
 
-    def _emit(self, x: Expr) -> Any:
-        if x not in self._known:
-            self._known[x] = self._new(x)
-        return self._known[x]
+    def _emit(self, x: Expr, farthest: int | None) -> Any:
+        if (x, farthest) not in self._known:
+            self._known[x, farthest] = self._new(x, farthest)
+        return self._known[x, farthest]
 
-    def _new(self, x: Expr) -> Any:
+    def _new(self, x: Expr, farthest: int | None) -> Any:
         if isinstance(x, Constant):
-            return x.value
+            if isinstance(x.value, bool | float) or farthest is None:
+                return x.value
+            return max(-farthest, min(x.value, farthest))
         if isinstance(x, Index):
             size = self.size(x.axis)
             shape = [-1 if axis == x.axis else 1 for axis in range(4)]
             positions = self._write.call(torch.arange, size, device=self._write.device)
             return self._write.call("view", positions, *shape)
         if isinstance(x, Element):
-            return self._element(x)
-        return self._apply(x)
+            return self._number(self._element(x), farthest)
+        return self._apply(x, farthest)
+
+    def _number(self, node: Any, farthest: int | None) -> Any:
+        """An element of any integer type, in which sums could wrap around, as an int64 of limited size."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or value.dtype not in INTEGERS:
+            return node
+        if value.dtype != torch.int64:
+            return self._write.call("to", node, torch.int64)
+        return node if farthest is None else self._write.call("clamp", node, -farthest, farthest)
 
     def _element(self, x: Element) -> Any:
         value = value_of(x.node)
@@ -241,15 +261,17 @@ class _Emitter:
             axis = i.axis + 1
         return tuple(items + [None] * (4 - axis))
 
-    def _apply(self, x: Apply) -> fx.Node:
+    def _apply(self, x: Apply, farthest: int | None) -> fx.Node:
         call = self._write.call
         if x.op in ("add", "mul"):
             function = operator.add if x.op == "add" else operator.mul
-            total = self._emit(x.args[0])
+            if x.op == "mul" and isinstance(x.args[0], Constant) and farthest is not None:
+                farthest //= max(abs(int(x.args[0].value)), 1)
+            total = self._emit(x.args[0], farthest)
             for part in x.args[1:]:
-                total = call(function, total, self._emit(part))
+                total = call(function, total, self._emit(part, farthest))
             return total  # type: ignore[no-any-return]
-        parts = [self.tensor(part) for part in x.args]
+        parts = [self.tensor(part, None if x.op == "eq" else FARTHEST) for part in x.args]
         if x.op == "le":  # 0 <= sum
             return call(operator.ge, parts[1], 0)
         if x.op == "not":

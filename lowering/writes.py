@@ -7,7 +7,9 @@ asks here whether its memory changed meanwhile.
 
 from __future__ import annotations
 
+import inspect
 import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,7 +72,15 @@ def written(node: fx.Node) -> list[fx.Node]:
     in_place = name in IN_PLACE_OPERATORS or (
         name.endswith("_") and target not in (operator.and_, operator.or_)
     )
+    if isinstance(target, FunctionType) and _inplace_argument(node, target):
+        return node.all_input_nodes[:1]
     return node.all_input_nodes if in_place else []
+
+
+def _inplace_argument(node: fx.Node, function: FunctionType) -> Any:
+    """What a function such as `F.relu` was given as `inplace`; False if it has no such argument."""
+    names = list(inspect.signature(function).parameters)
+    return (dict(zip(names, node.args, strict=False)) | node.kwargs).get("inplace", False)
 
 
 class Writes:

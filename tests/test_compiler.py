@@ -435,6 +435,20 @@ def test_report_reaches_counters_and_log(caplog):
     assert "1 of 1 attention calls rewritten" in caplog.text
 
 
+def test_explain_leaves_nothing_behind():
+    """Dynamo compiles a function only so many times, then runs it uncompiled."""
+
+    def f(q):
+        return F.scaled_dot_product_attention(q, q, q)
+
+    q = new_tokens()
+    rows = [explain(f, q).rows for _ in range(torch._dynamo.config.recompile_limit + 1)]
+    assert [len(found) for found in rows] == [1] * len(rows)
+    counters.clear()
+    torch.compile(f, backend="turboquant")(q)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_what_explain_finds_reaches_counters_and_log_too(caplog):
     counters["turboquant"].clear()
     with caplog.at_level(logging.INFO, logger="tq_inductor"), torch.no_grad():

@@ -21,6 +21,7 @@ from tq_inductor.reference import visible_keys
 
 B, H = 2, 2
 LOWEST = torch.finfo(torch.float32).min
+INT64 = torch.iinfo(torch.int64)
 
 
 def read_form(graph: fx.Graph) -> tuple[MaskForm, str]:
@@ -129,6 +130,10 @@ def window(q_len, kv_len, width):
     return (k <= q) & (k > q - width)
 
 
+def up_to(q_len, kv_len, last):
+    return (torch.arange(kv_len) <= last[:, None])[:, None, None]
+
+
 def float_causal(q_len, kv_len, low):
     return torch.full((q_len, kv_len), low).triu(1)
 
@@ -192,6 +197,26 @@ FAMILIES = {
         lambda q, k, s, n: s[:, None, None] * torch.arange(k) + torch.where(
             torch.arange(k) < n, 0.0, float("-inf")),
         (torch.tensor([0.5, 0.25]), torch.tensor(4)), 1, 6, "key length + ALiBi"),
+    "bytes of padding": (
+        lambda q, k, m: (m > 0)[:, None, None], (PADDING.to(torch.uint8),), 3, 6, "padding"),
+    "bytes of padding, at least 1": (
+        lambda q, k, m: (m >= 1)[:, None, None], (PADDING.to(torch.uint8),), 3, 6, "padding"),
+    "last key in a byte": (
+        up_to, (torch.tensor([3, 255], dtype=torch.uint8),), 1, 6, "key length"),
+    "last key in 32 bits": (
+        up_to, (torch.tensor([3, 2**31 - 1], dtype=torch.int32),), 1, 6, "key length"),
+    "last key, no limit": (up_to, (torch.tensor([3, INT64.max]),), 1, 6, "key length"),
+    "first key, no limit": (
+        lambda q, k, n: (torch.arange(k) >= n[:, None])[:, None, None],
+        (torch.tensor([3, INT64.min]),), 1, 6, "first key"),
+    "a byte of window": (window, (torch.tensor(3, dtype=torch.uint8),), 6, 6, "causal + first key"),
+    "no window": (window, (torch.tensor(INT64.max),), 6, 6, "causal + first key"),
+    "positions of slots, many empty": (
+        lambda q, k, n: (n <= torch.arange(q)[:, None]) & (n >= 0),
+        (torch.tensor([0, 1, INT64.min, 2, INT64.max, -1]),), 3, 6, "padding + bool"),
+    "documents by hash": (
+        documents, (torch.tensor([[INT64.max - 1, INT64.max, INT64.max, 0, 1, INT64.min]] * B),),
+        6, 6, "causal + packed documents"),
     "values": (lambda q, k, x: x[:, None] > 0.5, (torch.rand(B, 6, 6),), 6, 6, "bool"),
     "scores": (lambda q, k, x: x[:, None], (torch.randn(B, 6, 6),), 6, 6, "float"),
 }  # fmt: skip

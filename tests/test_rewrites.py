@@ -7,6 +7,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tq_inductor.lowering.rewrite import rewrite
 
 B, HQ, H, L, D = 2, 4, 2, 32, 16
@@ -116,14 +117,16 @@ add: "i64[1, 1]" = getitem + l_position_
 le: "b8[1, 32]" = arange <= add
 mask: "b8[1, 1, 1, 32]" = le[(None, None)]
 full: "i64[1, 1, 1, 1]" = torch.full((1, 1, 1, 1), 0, dtype = torch.int64, device = device(type='cpu'))
-add_2: "i64[]" = l_position_ + 1
+clamp: "i64[]" = l_position_.clamp(-2305843009213693952, 2305843009213693952)
+add_2: "i64[]" = clamp + 1
 view: "i64[1, 1, 1, 1]" = add_2.view(1, 1, 1, 1)
 broadcast_tensors = torch.functional.broadcast_tensors(full, view)
 getitem_4: "i64[1, 1, 1, 1]" = broadcast_tensors[0]
 getitem_5: "i64[1, 1, 1, 1]" = broadcast_tensors[1]
 cat: "i64[1, 1, 1, 2]" = torch.cat([getitem_4, getitem_5], -1)
 squeeze: "i64[1, 1, 2]" = cat.squeeze(1)
-to: "i32[1, 1, 2]" = squeeze.to(torch.int32)
+clamp_1: "i64[1, 1, 2]" = squeeze.clamp(0, 2147483647)
+to: "i32[1, 1, 2]" = clamp_1.to(torch.int32)
 arange_2: "i64[1]" = torch.arange(1)
 where: "i64[1]" = arange_2 + l_position_
 add_: "i64[]" = l_position_.add_(1)
@@ -263,6 +266,36 @@ def test_writes_around_the_repetition(change):
     assert any(".reshape(" in line for line in body) == (change == "between")
 
 
+def test_keys_changed_after_repetition_by_a_function_with_a_flag():
+    def f(q, k, v, position):
+        keys, values = repeat_kv(k), repeat_kv(v)
+        changed = F.relu(k, True).sum() + F.silu(v, inplace=True).sum()
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=up_to(position)) + changed
+
+    _, body = check(f, *qkv(), torch.tensor(5), backend="triton")
+    assert any(".reshape(" in line for line in body)
+
+
+def test_heads_repeated_once_for_keys_and_values_all_by_name():
+    def f(q, k, v, position):
+        both = torch.repeat_interleave(input=k, repeats=HQ // H, dim=1)
+        return F.scaled_dot_product_attention(q, both, both, attn_mask=up_to(position))
+
+    _, body = check(f, *qkv(), torch.tensor(5), backend="triton")
+    assert not any("repeat_interleave" in line for line in body)
+
+
+def test_inside_vmap_it_stays():
+    def one(q, k, v, position):
+        return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=up_to(position))
+
+    def f(q, k, v, position):
+        return torch.func.vmap(one, in_dims=(0, 0, 0, None))(q[None], k[None], v[None], position)
+
+    row, _ = check(f, *qkv(), torch.tensor(5), backend="sdpa", changed=False)
+    assert row.not_chosen["triton"][0] == "inside torch.func.vmap, grad or jvp"
+
+
 def test_keys_changed_after_repetition():
     def f(q, k, v, position):
         keys = repeat_kv(k)
@@ -385,6 +418,22 @@ def test_the_users_choice_of_kernels_is_respected():
     rows, _, _ = rewritten(f, *qkv(), torch.tensor(5))
     assert [row.backend for row in rows] == ["sdpa", "triton"]
     assert rows[0].not_chosen["triton"] == ["inside torch.nn.attention.sdpa_kernel(MATH)"]
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "cond"])
+def test_the_users_choice_of_kernels_holds_in_sub_graphs(how):
+    def attend(q, k, v, position):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=up_to(position))
+
+    def f(q, k, v, position):
+        with sdpa_kernel(SDPBackend.MATH):
+            if how == "checkpoint":
+                return checkpoint(attend, q, k, v, position, use_reentrant=False)
+            return torch.cond(position > 3, attend, lambda *args: attend(*args) * 2, (q, k, v, position))
+
+    rows, _, _ = rewritten(f, *qkv(kv_heads=HQ), torch.tensor(5))
+    assert {row.backend for row in rows} == {"sdpa"}
+    assert all("sdpa_kernel(MATH)" in row.not_chosen["triton"][0] for row in rows)
 
 
 def test_autocast_is_left_alone():

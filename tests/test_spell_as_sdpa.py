@@ -18,9 +18,11 @@ from spelling import (
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from tq_inductor.lowering.rewrite import rewrite
 
 from tq_inductor import explain
+from tq_inductor.errors import NoAttentionBackendError
 
 
 def test_einsum_in_the_usual_layouts():
@@ -213,6 +215,28 @@ def test_changes_before_the_end(what):
         assert_left("changes an input of the attention before its end", f, *args)
 
 
+def test_scores_written_over_a_bias():
+    def f(q, k, v, bias):
+        return torch.bmm(bias.clone().baddbmm_(q, k.mT).softmax(-1), v)
+
+    reason = "baddbmm writes the scores over another tensor"
+    assert_left(reason, f, *qkv(2, 6, 8), torch.randn(2, 6, 6))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_query_that_an_activation_changes(inplace):
+    def f(q, k, v):
+        q = q * 1
+        scores = q @ k.mT
+        gate = F.silu(q, inplace=inplace)
+        return (scores.softmax(-1) @ v) * gate
+
+    if inplace:
+        assert_left("changes an input of the attention before its end", f, *qkv())
+    else:
+        assert_rewritten(f, *qkv(), gone=("softmax",))
+
+
 def test_the_lowest_float32_is_not_minus_infinity_in_bfloat16():
     mask = causal()
     mask[2] = False
@@ -245,6 +269,21 @@ def test_autocast_changes_types():
 
     assert_left("v is torch.float32, the result torch.bfloat16", f, *qkv())
     assert_rewritten(f, *qkv(dtype=torch.bfloat16))
+
+
+def test_a_named_backend_that_cannot_run_it_raises():
+    def f(q, k, v):
+        return (torch.sigmoid(q @ k.mT).softmax(-1)) @ v
+
+    with pytest.raises(NoAttentionBackendError, match=r"'triton' was asked for.*\n.*\n.*by sigmoid"):
+        torch.compile(f, backend="turboquant", options={"attention": "triton"})(*qkv())
+
+
+def test_questions_whether_a_kernel_can_run_are_no_calls():
+    q, k, v = qkv()
+    mask = causal_lower_right(4, 6)
+    _, rows, _ = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), q[:, :, :4], k, v)
+    assert [row.backend for row in rows] == ["sdpa"]
 
 
 def test_chosen_sdpa_backends_are_not_for_hand_written_attention():

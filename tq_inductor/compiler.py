@@ -126,5 +126,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         model = getattr(model, "_orig_mod", model)  # not through an earlier compilation
         model = model._call_impl  # type: ignore[union-attr]
     model = getattr(model, "_torchdynamo_orig_callable", model)
-    torch.compile(model, backend=collect)(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Dynamo keeps what it compiles with the code, only so many times: with this copy it goes.
+    run.__code__ = run.__code__.replace()
+    torch.compile(run, backend=collect)(*args, **kwargs)
     return report

@@ -69,7 +69,7 @@ def _module_path(stack: dict[str, tuple[str, Any]] | None) -> str:
     if not stack:
         return "(no module)"
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['(\w+)'\]\.?", "", path)
+    path = re.sub(r"^L\['\w+'\](\.__self__)?\.?", "", path)
     return (
         re.sub(r"_modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", path).replace("..", ".").strip(".")
         or "(root)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,15 @@ def check_backend_name(name: object) -> str:
     return str(name)
 
 
+def cannot_run(name: str, phase: str, shapes: str, reasons: Sequence[str]) -> NoAttentionBackendError:
+    """The error for a call that the backend that was asked for cannot run."""
+    why = "\n".join(f"  - {reason}" for reason in reasons)
+    return NoAttentionBackendError(
+        f"attention backend {name!r} was asked for but cannot run this {phase} call\n  {shapes}\n{why}\n"
+        f'Use options={{"attention": "auto"}} to let such calls use another backend.'
+    )
+
+
 def select(call: AttentionCall, requested: str = "auto") -> Choice:
     """The first backend of the call's order that can run it, or the requested one; "none" if none can.
 
@@ -127,12 +136,7 @@ def select(call: AttentionCall, requested: str = "auto") -> Choice:
     if requested != "auto":
         reasons[requested] = reasons[requested] or broken[requested]()
         if reasons[requested]:
-            why = "\n".join(f"  - {reason}" for reason in reasons[requested])
-            raise NoAttentionBackendError(
-                f"attention backend {requested!r} was asked for but cannot run this {call.phase} "
-                f"call\n  {call.describe()}\n{why}\n"
-                f'Use options={{"attention": "auto"}} to let such calls use another backend.'
-            )
+            raise cannot_run(requested, call.phase, call.describe(), reasons[requested])
         chosen = requested
     else:
         chosen = "none"
