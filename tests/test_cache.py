@@ -474,6 +474,13 @@ def test_a_bias_as_long_as_the_tokens_held_keeps_the_cache_out_of_graphs(caplog)
     assert torch.equal(got, expected)
 
 
+def test_a_cache_that_packs_nothing_says_so(caplog):
+    config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=8)
+    with caplog.at_level(logging.WARNING, logger="tq_inductor"):
+        TurboQuantCache(config, MAX_LEN)
+    assert "0 of 2 layers are packed" in caplog.text
+
+
 def test_latent_attention_is_kept_in_16_bits(caplog):
     model = build(
         "deepseek_v3", torch.float32, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16,
