@@ -165,7 +165,7 @@ class TurboQuantLayer(PackedStorage, CacheLayerMixin):
     prefetch = offload
 
     def __repr__(self) -> str:
-        return f"TurboQuantLayer({self.kv_format}, max_len={self.max_len})"
+        return f"{type(self).__name__}({self.kv_format}, max_len={self.max_len})"
 
 
 class UncompiledLayer(TurboQuantLayer):
@@ -225,6 +225,7 @@ class HybridLayer(LinearAttentionLayer, TurboQuantLayer):
         TurboQuantLayer.batch_select_indices(self, indices)
 
     offload = prefetch = TurboQuantLayer.offload
+    __repr__ = TurboQuantLayer.__repr__
 
 
 class SlidingLayer(StaticSlidingWindowLayer):
