@@ -160,9 +160,9 @@ class TurboQuantCache(Cache):
             log.warning("all layers are kept in %s, not packed: %s", sixteen_bit, reason)
         elif len(self._packed) < len(layers):
             kinds = {type(layer).__name__ for layer in layers if layer not in self._packed}
-            counts = (len(self._packed), len(layers))
+            found = (len(self._packed), len(layers), kinds)
             level = logging.INFO if self._packed else logging.WARNING
-            log.log(level, "%d of %d layers are packed; kept as transformers keeps them: %s", *counts, kinds)
+            log.log(level, "%d of %d layers are packed; kept as transformers keeps them: %s", *found)
         if biased:
             reason = "its ALiBi is as long as the tokens held, so shapes change at every step"
             log.warning("%s runs this cache outside of compiled graphs: %s", decoder.model_type, reason)
