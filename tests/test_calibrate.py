@@ -124,7 +124,7 @@ def test_bytes_are_those_of_the_cache():
 
 
 def test_the_policy_of_a_model(checkpoint, text, tmp_path, capsys):
-    out, plot = tmp_path / "policy.json", tmp_path / "policy.svg"
+    out, plot = tmp_path / "new" / "policy.json", tmp_path / "plots" / "policy.svg"
     argv = [
         "calibrate",
         str(text),

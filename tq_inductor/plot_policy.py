@@ -32,5 +32,6 @@ def draw_policy(policy: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{policy['model']}, {policy['tokens']:,} tokens", fontsize="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(SVG):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
