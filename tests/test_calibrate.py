@@ -193,6 +193,9 @@ def test_refusals(checkpoint, text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["calibrate", str(text), "--formats", "k5v5"])
     assert "unknown kv_format 'k5v5'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(text), "--plot", str(tmp_path / "policy.txt")])
+    assert "policy.txt' ends neither in .svg nor in .png" in capsys.readouterr().err
     for budget, reason in (("k5", "unknown kv_format 'k5'"), ("-1", "-1 bits a value (needs a positive")):
         with pytest.raises(SystemExit):
             cli.main(["calibrate", str(text), "--budget", budget])

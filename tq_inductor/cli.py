@@ -188,6 +188,14 @@ def new_file(text: str) -> Path:
     return Path(text)
 
 
+def new_plot(text: str) -> Path:
+    """Argument type: a figure that can be written, or replaced."""
+    path = new_file(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .svg nor in .png")
+    return path
+
+
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Write a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     add("text", type=text_of, help="of the kind that the model will read")
     add("model", nargs="?", help="folder or name of a checkpoint; default: the small one that ships here")
     add("--out", type=new_file, default=Path("policy.json"), metavar="FILE", help="default: policy.json")
-    add("--plot", type=new_file, metavar="FILE", help="draw the prices of layers and formats, .svg or .png")
+    add("--plot", type=new_plot, metavar="FILE", help="draw the prices of layers and formats, .svg or .png")
     add(
         "--budget", type=kv_format_or_bits, default="k4v4",
         help="take no more bytes than this format, or bits a value such as 2.6; default: k4v4",

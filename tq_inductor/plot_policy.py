@@ -18,7 +18,8 @@ def draw_policy(policy: dict[str, Any], path: Path) -> None:
 
     Args:
         policy: what `calibrate` returns.
-        path: a name that ends in .svg, .png or another suffix that matplotlib knows.
+        path: a name that ends in .svg, .png or another suffix that matplotlib knows; its folder is made if
+            missing.
     """
     prices = policy["kl_nats_of_one_layer"]
     layers = [int(i) for i in prices]
