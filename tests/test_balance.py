@@ -114,6 +114,11 @@ def test_the_command_writes_the_same_model(tmp_path, capsys):
     assert main(command) != 0
     assert "exists: name a folder that does not" in capsys.readouterr().err
     AutoTokenizer.from_pretrained(tmp_path / "balanced")
+    (tmp_path / "empty.txt").touch()
+    assert (
+        main(["balance", str(tmp_path / "empty.txt"), str(DEMO_MODEL), "--out", str(tmp_path / "b")]) == 1
+    )
+    assert "the text has no tokens: give one" in capsys.readouterr().err
     ids = torch.tensor([list(text.read_bytes()[:200])])
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (DEMO_MODEL, tmp_path / "balanced")]
     with torch.no_grad():

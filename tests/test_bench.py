@@ -10,6 +10,7 @@ from tq_inductor import bench, bench_point, cli
 from tq_inductor.bench import Worker, attempt, run_bench
 from tq_inductor.bench_point import FULL, Point, build_model, fill, largest_context, make_cache
 from tq_inductor.clock import cache_bytes
+from tq_inductor.errors import UsageError
 
 
 def point(cache="dynamic", context=24, batch=2, model="llama"):
@@ -111,6 +112,28 @@ def test_command_line_names_what_there_is(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--cache", "k5v5"])
     assert "Or one of dynamic, quantized, static-inductor, static." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"environment": {}, "points": [{}]}'])
+def test_a_file_that_is_no_result_is_refused_and_stays(text, tmp_path):
+    out = tmp_path / "bench.json"
+    out.write_text(text)
+    with pytest.raises(UsageError, match=r"bench\.json is no result of tq-inductor bench .*name another"):
+        run_bench([point()], out)
+    assert out.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--new-tokens", "2"], "'2' is not a whole number of at least 3"),
+        (["--time-limit", "nan"], "'nan' is not a number above 0"),
+    ],
+)
+def test_numbers_that_cannot_be_measured(options, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *options])
+    assert message in capsys.readouterr().err
 
 
 def test_earlier_rows_of_another_machine_are_refused(tmp_path):

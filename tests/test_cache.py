@@ -354,8 +354,9 @@ def test_bad_arguments():
     for name in (None, KVFormat("k4v4", 16), ["k4v4", None]):
         with pytest.raises(FormatError, match=r"give the name of a format.*one for each layer"):
             TurboQuantCache(config, 64, kv_format=name)
-    with pytest.raises(ValueError, match=r"dtype='bfloat16' is no torch\.dtype"):
-        TurboQuantCache(config, 64, dtype="bfloat16")
+    for dtype in ("bfloat16", torch.int64):
+        with pytest.raises(ValueError, match=f"dtype={dtype!r} cannot be that of keys and values"):
+            TurboQuantCache(config, 64, dtype=dtype)
     with pytest.raises(UnsupportedModelError, match="deepseek_v4 has layers of a type"):
         TurboQuantCache(AutoConfig.for_model("deepseek_v4"), 64)
     assert TurboQuantCache(config, 64, skip_layers=torch.tensor([-1])).layers[1].kv_format == "bf16"

@@ -10,7 +10,7 @@ from test_cache import build
 from transformers import AutoTokenizer
 
 from tq_inductor import KVFormat, cli
-from tq_inductor.calibrate import allowance, bytes_per_token, cheapest, measure
+from tq_inductor.calibrate import allowance, bytes_per_token, calibrate, cheapest, measure
 from tq_inductor.corpus import held_out_text
 from tq_inductor.errors import FormatError, UsageError
 from tq_inductor.generate_text import DEMO_MODEL, load_checkpoint
@@ -56,18 +56,23 @@ def test_the_cheapest_formats_are_those_of_an_exhaustive_search(seed):
         assert list(chosen) == list(sizes)
         assert sum(sizes[i][name] for i, name in chosen.items()) <= budget
         assert sum(prices[i][name] for i, name in chosen.items()) == pytest.approx(min(fits))
+    same = {i: dict.fromkeys(of, 0.0) for i, of in prices.items()}
+    assert set(cheapest(same, sizes, 1000).values()) == {"c"}  # of equal prices, more bits
     with pytest.raises(UsageError, match="47 bytes a token are fewer than the smallest formats take, 48"):
         cheapest(prices, sizes, 47)
 
 
 def test_a_budget_is_a_format_or_bits_a_value():
     sizes = {i: {"k8v8": 20, "k4v4": 12, "k2v2": 8} for i in range(3)}
-    assert allowance("k4v4", sizes, 3 * 16) == ("k4v4", 36)
-    assert allowance(6, sizes, 3 * 16) == ("k4v4", 36)
-    assert allowance(5.9, sizes, 3 * 16) == ("k2v2", 35)
-    assert allowance(100.0, sizes, 3 * 16) == ("k8v8", 600)
+    for budget, expected in {
+        "k4v4": ("k4v4", 36), 6: ("k4v4", 36), 5.9: ("k2v2", 35), 100.0: ("k8v8", 600)
+    }.items():  # fmt: skip
+        assert allowance(budget, sizes, 3 * 16, FORMATS) == expected
+    assert allowance("k4v4", sizes, 3 * 16, ("k8v8", "k2v2")) == ("k2v2", 36)  # it is not to choose from
     with pytest.raises(UsageError, match=r"3\.5 bits a value are fewer than .* k2v2 has 4, scales"):
-        allowance(3.5, sizes, 3 * 16)
+        allowance(3.5, sizes, 3 * 16, FORMATS)
+    with pytest.raises(UsageError, match=r"k2v2's 4 bits a value are fewer than .* k4v4 has 6, .*larger"):
+        allowance("k2v2", sizes, 3 * 16, ("k8v8", "k4v4"))
 
 
 def test_prices_of_packed_layers():
@@ -124,7 +129,7 @@ def test_bytes_are_those_of_the_cache():
 
 
 def test_the_policy_of_a_model(checkpoint, text, tmp_path, capsys):
-    out, plot = tmp_path / "policy.json", tmp_path / "policy.svg"
+    out, plot = tmp_path / "new" / "policy.json", tmp_path / "plots" / "policy.svg"
     argv = [
         "calibrate",
         str(text),
@@ -136,12 +141,12 @@ def test_the_policy_of_a_model(checkpoint, text, tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "256"]) == 0
+    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "260"]) == 0
     told = capsys.readouterr()
     assert told.out == f"wrote {out}\nwrote {plot}\n"
     assert "together" in told.err
     policy = json.loads(out.read_text())
-    assert policy["tokens"] == 256
+    assert policy["tokens"] == 260
     assert policy["bytes_per_token"] <= policy["budget"]["bytes_per_token"] == 3 * 2 * 20
     assert policy["kl_nats"] <= policy["budget"]["kl_nats"]
     assert len(policy["kv_format"]) == 3
@@ -159,30 +164,48 @@ def test_a_layer_that_counts_more_gets_more_bits(checkpoint, text, tmp_path):
     out = tmp_path / "policy.json"
     argv = ["calibrate", str(text), str(checkpoint), "--out", str(out), "--device", "cpu"]
     # 5 bits a value are what k4v4 has at 16 dimensions.
-    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "256", "--budget", "5"]) == 0
+    assert cli.main([*argv, "--formats", *FORMATS, "--tokens", "260", "--budget", "5"]) == 0
     policy = json.loads(out.read_text())
     assert (policy["budget"]["kv_format"], policy["budget"]["allowed_bytes_per_token"]) == ("k4v4", 120)
     assert policy["kv_format"] == ["k2v2", "k8v8", "k2v2"]
     assert policy["kl_nats"] < policy["budget"]["kl_nats"] / 2
 
 
+def test_a_last_window_that_exact_tokens_cover_is_not_read(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("tq_inductor.calibrate.WINDOW", 64)
+    policy = calibrate("x" * 97, checkpoint, formats=["k4v4"], device="cpu")
+    assert policy["tokens"] == 64
+
+
 def test_refusals(checkpoint, text, tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     assert cli.main(["calibrate", str(empty), str(checkpoint), "--device", "cpu"]) == 1
-    assert "the text has 0 tokens: give one like those" in capsys.readouterr().err
+    assert "0 tokens of the text are read, and k2v2 needs at least 258" in capsys.readouterr().err
+    short = ["calibrate", str(text), str(checkpoint), "--device", "cpu", "--tokens", "33"]
+    assert cli.main([*short, "--formats", "k8v8", "k4v4"]) == 1
+    assert (
+        "33 tokens of the text are read, and k4v4 needs at least 34: half of them must be more than the 16 "
+        "that it keeps exact" in capsys.readouterr().err
+    )
     assert cli.main(["calibrate", str(text), str(tmp_path / "none")]) == 1
     assert "cannot load a model and its tokenizer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["calibrate", str(text), "--formats", "k5v5"])
     assert "unknown kv_format 'k5v5'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(text), "--plot", str(tmp_path / "policy.txt")])
+    assert "policy.txt' ends neither in .svg nor in .png" in capsys.readouterr().err
     for budget, reason in (("k5", "unknown kv_format 'k5'"), ("-1", "-1 bits a value (needs a positive")):
         with pytest.raises(SystemExit):
             cli.main(["calibrate", str(text), "--budget", budget])
         assert reason in capsys.readouterr().err
     tight = ["calibrate", str(text), str(checkpoint), "--device", "cpu", "--budget", "1.5"]
     assert cli.main(tight) == 1
-    assert "1.5 bits a value are fewer than the smallest format takes: k2v2" in capsys.readouterr().err
+    assert (
+        "1.5 bits a value are fewer than the smallest format to choose from takes: k2v2"
+        in capsys.readouterr().err
+    )
     for content in ("[]", "{", '{"kv_format": ["k5v5"]}', '{"kv_format": 3}'):
         policy = tmp_path / "policy.json"
         policy.write_text(content)

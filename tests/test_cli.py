@@ -24,6 +24,7 @@ def test_doctor(capsys):
     ("option", "message"),
     [
         (["--device", "gpu"], "'gpu' is no device"),
+        (["--device", "meta"], "'meta' is no device to run on: cpu, cuda, cuda:1, ..."),
         (["--device", "cuda:99"], "this machine has "),
         (["--dtype", "int4"], "'int4' is no dtype"),
         (["--dtype", "nn"], "'nn' is no dtype"),
@@ -35,6 +36,43 @@ def test_devices_and_dtypes_that_are_none(command, option, message, capsys):
         cli.main([*command, *option])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt-file"], ["calibrate"], ["balance"]])
+def test_a_file_that_holds_no_text(command, tmp_path, capsys):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, str(path)])
+    assert caught.value.code == 2
+    assert f"'{path}' is no text in UTF-8: invalid start byte at byte 3" in capsys.readouterr().err
+
+
+WRITING = [
+    ["demo", "--json"],
+    ["generate", "--json"],
+    ["calibrate", __file__, "--out"],
+    ["calibrate", __file__, "--plot"],
+    ["bench", "--out"],
+    ["balance", __file__, "model", "--out"],
+    ["plot", __file__, "--out"],
+]
+
+
+@pytest.mark.parametrize("command", WRITING, ids=" ".join)
+def test_what_cannot_be_written_is_refused_before_the_work(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, str(tmp_path / "file" / "out.json")])
+    assert caught.value.code == 2
+    assert f"'{tmp_path / 'file'}' is no folder that can be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", WRITING[:5], ids=" ".join)
+def test_a_folder_is_no_file(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command, str(tmp_path)])
+    assert f"'{tmp_path}' is a folder: name a file in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"points": []}'])

@@ -472,6 +472,7 @@ def compile_with(options=None, mode=None, fn=None):
         ({"attention": "turbo"}, r"unknown attention backend 'turbo'.*Nearest: turboquant"),
         ({"attention": {"decoding": "auto"}}, r"phase 'decoding'. Allowed: prefill, decode"),
         ({"attention": {"decode": "fast"}}, r"unknown attention backend 'fast'"),
+        (["strict"], r"options=\['strict'\] must be a dict such as .*Allowed keys: attention, strict"),
         ({"strict": "yes"}, r"strict='yes' must be True or False"),
     ],
 )

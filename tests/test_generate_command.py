@@ -50,7 +50,7 @@ def test_the_tokenizer_that_ships_reads_bytes():
 
 
 def test_the_model_that_ships(capsys, tmp_path):
-    path = tmp_path / "figures.json"
+    path = tmp_path / "new" / "figures.json"
     assert run("--prompt", PROMPT, "--json", str(path)) == 0
     told = capsys.readouterr()
     assert told.out.startswith("    ")  # it knows Python
@@ -109,12 +109,26 @@ def test_a_seed_makes_sampling_repeat_itself(checkpoint, capsys):
         (("--prompt-file", "/nowhere/prompt.txt"), 2, "there is no file '/nowhere/prompt.txt'"),
         (("--prompt", "x", "--prompt-file", __file__), 2, "not allowed with"),
         (("--prompt", "x", "--max-new-tokens", "0"), 2, "'0' is not a whole number of at least 1"),
+        (("--prompt", "x", "--temperature", "0"), 2, "'0' is not a number above 0"),
+        (("--prompt", "x", "--temperature", "inf"), 2, "'inf' is not a number above 0"),
+        (("--prompt", "x", "--top-k", "-1"), 2, "'-1' is not a whole number of at least 0"),
+        (("--prompt", "x", "--top-k", "2.5"), 2, "'2.5' is not a whole number of at least 0"),
+        (("--prompt", "x", "--top-p", "5"), 2, "'5' is not a number from 0 to 1"),
+        (("--prompt", "x", "--min-p", "3"), 2, "'3' is not a number from 0 to 1"),
+        (("--prompt", "x", "--repetition-penalty", "-1"), 2, "'-1' is not a number above 0"),
+        (
+            ("--prompt", "x", "--seed", "1" + 23 * "0"),
+            2,
+            "is not a whole number from -2**63 to 2**64 - 1",
+        ),
+        (("--prompt", "\udcff"), 1, "the prompt is no text in UTF-8"),
         (("--prompt", ""), 1, "the prompt is empty"),
         (
             ("/nowhere/model", "--prompt", "x"),
             1,
             "cannot load a model and its tokenizer from '/nowhere/model'",
         ),
+        (("/nowhere/model", "--prompt", "x"), 1, f"the one that ships with this package: {DEMO_MODEL}"),
         (
             ("--prompt", "x", "--cache", "static", "--kv-format", "k4v4"),
             1,
@@ -129,3 +143,16 @@ def test_refusals(options, code, message, capsys):
         found = left.code
     assert found == code
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_on_standard_input_that_is_no_text(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert run() == 1
+    assert "the prompt is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_policy_of_another_model(checkpoint, tmp_path, capsys):
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"kv_format": ["k4v4"]}')
+    assert run(str(checkpoint), "--prompt", "x", "--kv-format", str(policy)) == 1
+    assert "kv_format names 1 formats, but the model has 2 layers" in capsys.readouterr().err

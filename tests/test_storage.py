@@ -1,5 +1,7 @@
 """PackedKVCache: eager and compiled, lengths, errors that change nothing, memory."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -77,10 +79,31 @@ def test_a_module_moves_to_another_device():
     assert cache.k_rotation.dtype == torch.float32
 
 
-@pytest.mark.parametrize("sizes", [(0, 2, 16, 32), (2, -1, 16, 32), (2, 2, 16, 0)])
-def test_a_cache_of_nothing_is_refused(sizes):
-    with pytest.raises(ValueError, match=r"(batch_size=0|num_kv_heads=-1|max_len=0) must be at least 1"):
-        PackedKVCache(*sizes, device="cpu")
+def test_its_rotation_is_of_its_own_device_whatever_the_default_is():
+    with torch.device("meta"):
+        cache = make()
+    assert {buffer.device.type for buffer in cache.buffers()} == {"cpu"}
+    assert torch.equal(cache.k_rotation, make().k_rotation)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
+        ({"batch_size": "2"}, "batch_size='2' must be a whole number, at least 1"),
+        ({"num_kv_heads": -1}, "num_kv_heads=-1 must be a whole number, at least 1"),
+        ({"head_dim": 16.0}, "head_dim=16.0 must be a whole number, at least 1"),
+        ({"v_head_dim": 0}, "v_head_dim=0 must be a whole number, at least 1"),
+        ({"max_len": 32.5}, "max_len=32.5 must be a whole number, at least 1"),
+        ({"dtype": torch.int64}, "dtype=torch.int64 cannot be that of keys and values: give one of"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn cannot be that of keys and values"),
+        ({"dtype": "float32"}, "dtype='float32' cannot be that of keys and values"),
+    ],
+)
+def test_sizes_and_dtypes_that_no_cache_can_have(given, message):
+    sizes = {"batch_size": 2, "num_kv_heads": 2, "head_dim": 16, "max_len": 32}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PackedKVCache(**{**sizes, "device": "cpu", **given})
 
 
 def test_reset_forgets_everything():

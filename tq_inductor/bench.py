@@ -80,11 +80,11 @@ def run_bench(
         stop_after: start no new point after so many seconds; run again to go on.
 
     Raises:
-        UsageError: `out` was measured elsewhere or with other versions.
+        UsageError: `out` was measured elsewhere or with other versions, or is something else.
     """
     environment = environment or machine()
     rows = _earlier_rows(out, environment)
-    done = {Point(**{field.name: row[field.name] for field in fields(Point)}) for row in rows}
+    done = set(map(_point, rows))
     points = list(dict.fromkeys(points))
     console = Console()
     start = time.monotonic()
@@ -176,11 +176,19 @@ def attempt(point: Point) -> dict[str, Any]:
 def _earlier_rows(out: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
     if not out.exists():
         return []
-    earlier = json.loads(out.read_text())
+    try:
+        earlier = json.loads(out.read_text())
+        measured_in, rows = dict(earlier["environment"]), list(earlier["points"])
+        for row in rows:
+            _point(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{out} is no result of tq-inductor bench ({error!r}): name another file, or delete this one"
+        ) from error
     changed = {
-        key: (earlier["environment"].get(key), environment.get(key))
-        for key in {*earlier["environment"], *environment}
-        if earlier["environment"].get(key) != environment.get(key)
+        key: (measured_in.get(key), environment.get(key))
+        for key in {*measured_in, *environment}
+        if measured_in.get(key) != environment.get(key)
     }
     if changed:
         said = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in sorted(changed.items()))
@@ -188,7 +196,12 @@ def _earlier_rows(out: Path, environment: dict[str, Any]) -> list[dict[str, Any]
             f"{out} was measured elsewhere: {said}. Figures of one file are of one machine: name another "
             "file, or delete this one."
         )
-    return earlier["points"]
+    return rows
+
+
+def _point(row: dict[str, Any]) -> Point:
+    """What a row is of."""
+    return Point(**{field.name: row[field.name] for field in fields(Point)})
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:

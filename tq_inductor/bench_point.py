@@ -66,7 +66,7 @@ class Point:
             the KV format of a `TurboQuantCache`.
         batch: rows.
         context: tokens of each prompt; None to look for the largest that fits.
-        new_tokens: generated; at least 3.
+        new_tokens: generated; at least 3: the first step compiles, and the second may record a CUDA graph.
         prefill_tokens: of the whole batch at once; longer prompts are read in chunks.
     """
 

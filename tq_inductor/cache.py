@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
 
 import torch
 from transformers import PretrainedConfig
@@ -27,7 +26,7 @@ from .cache_layers import AnnouncedLength, HybridLayer, SlidingLayer, TurboQuant
 from .errors import UnsupportedModelError
 from .format import KVFormat
 from .layer_formats import exact_tokens, layer_formats
-from .storage import check_room
+from .storage import check_dtype, check_room, whole_number
 
 log = logging.getLogger("tq_inductor.cache")
 
@@ -44,21 +43,10 @@ def _head_dim(layer: PretrainedConfig) -> int | None:
     return layer.hidden_size // heads if heads else None
 
 
-def _whole(name: str, given: SupportsIndex, least: int) -> int:
-    """An argument as an int, or ValueError."""
-    try:
-        number = operator.index(given)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name}={given} must be a whole number, at least {least}")
-    return number
-
-
 def _check_exact_tokens(formats: list[str], **given: int | None) -> None:
     lossless = all(KVFormat(name).is_lossless for name in formats)
     for name, count in given.items():
-        if count is not None and _whole(name, count, least=0) and lossless:
+        if count is not None and whole_number(name, count, least=0) and lossless:
             raise ValueError(
                 f"{name}={count}: a {formats[0]} cache keeps all tokens as they are. Leave it out."
             )
@@ -116,11 +104,11 @@ class TurboQuantCache(Cache):
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise UnsupportedModelError(f"{type(config).__name__} is no config: pass model.config")
-        max_cache_len = _whole("max_cache_len", max_cache_len, least=1)
+        max_cache_len = whole_number("max_cache_len", max_cache_len, least=1)
         if max_batch_size is not None:
-            max_batch_size = _whole("max_batch_size", max_batch_size, least=1)
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is no torch.dtype: give torch.bfloat16, for one")
+            max_batch_size = whole_number("max_batch_size", max_batch_size, least=1)
+        if dtype is not None:
+            check_dtype(dtype)
         decoder = config.get_text_config(decoder=True)
         if not hasattr(decoder, "num_hidden_layers"):
             raise UnsupportedModelError(

@@ -35,6 +35,7 @@ from .cache_layers import TurboQuantLayer
 from .errors import UsageError
 from .format import KVFormat
 from .generate_text import DEMO_MODEL, load_checkpoint
+from .layer_formats import exact_tokens
 from .look_ups import LEAST_FOUND, found, with_look_ups
 
 FORMATS = ("k8v8", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
@@ -69,24 +70,31 @@ def bytes_per_token(model: PreTrainedModel, formats: Sequence[str]) -> tuple[Siz
     return sizes, values
 
 
-def allowance(budget: str | float, sizes: Sizes, values: int) -> tuple[str, int]:
-    """The largest format that all layers could have, and how many bytes of a token the budget allows.
+def allowance(budget: str | float, sizes: Sizes, values: int, formats: Sequence[str]) -> tuple[str, int]:
+    """The largest of `formats` that all layers could have, and how many bytes of a token the budget allows.
 
     Raises:
-        UsageError: not even the smallest format fits.
+        UsageError: not even the smallest of them fits.
     """
     total = {name: sum(of[name] for of in sizes.values()) for name in next(iter(sizes.values()))}
-    if isinstance(budget, str):
-        return budget, total[budget]
-    allowed = int(budget * values / 8)
-    fitting = [name for name in total if total[name] <= allowed]
+    allowed = total[budget] if isinstance(budget, str) else int(budget * values / 8)
+    fitting = [name for name in formats if total[name] <= allowed]
     if not fitting:
-        smallest = min(total, key=lambda name: total[name])
+        smallest = min(formats, key=lambda name: total[name])
+        bits = f"{budget:g}" if not isinstance(budget, str) else f"{budget}'s {8 * allowed / values:g}"
         raise UsageError(
-            f"{budget:g} bits a value are fewer than the smallest format takes: {smallest} has "
-            f"{8 * total[smallest] / values:g}, scales included"
+            f"{bits} bits a value are fewer than the smallest format to choose from takes: {smallest} has "
+            f"{8 * total[smallest] / values:g}, scales included. Give a larger budget, or smaller formats."
         )
-    return max(fitting, key=lambda name: total[name]), allowed
+    return budget if budget in fitting else max(fitting, key=lambda name: total[name]), allowed
+
+
+def least_tokens(formats: Sequence[str]) -> tuple[int, str]:
+    """How long a window must be to price these formats, and which of them needs it.
+
+    Half of it must be more than the format keeps exact, or nothing packed would be read.
+    """
+    return max((2 * (sum(exact_tokens(name, None, None)) + 1), name) for name in formats)
 
 
 def divergence(exact: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
@@ -101,7 +109,7 @@ def divergence(exact: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
 def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
     """The format of each layer for which the prices add up to least and the sizes to `budget` at most.
 
-    Exact, by dynamic programming over bytes.
+    Exact, by dynamic programming over bytes. Of equal prices the one with more bytes is taken.
 
     Args:
         prices: of each format in each layer, in nats.
@@ -123,7 +131,8 @@ def cheapest(prices: Prices, sizes: Sizes, budget: int) -> dict[int, str]:
     if not best:
         smallest = sum(min(of_layer.values()) for of_layer in sizes.values())
         raise UsageError(f"{budget} bytes a token are fewer than the smallest formats take, {smallest}")
-    return dict(zip(prices, min(best.values())[1], strict=True))
+    names = min(best.items(), key=lambda item: (item[1][0], -item[0]))[1][1]
+    return dict(zip(prices, names, strict=True))
 
 
 @dataclass(frozen=True)
@@ -222,25 +231,30 @@ def calibrate(
         model: folder or name of a checkpoint; None for the model that ships with this package.
         budget: a format, or bits a value; the layers together take no more bytes than if all had it, or if
             each value took so many bits, scales included (k4v4 has 4.25 with 64 dimensions, 4.125 at 128).
-        formats: to choose from; a budget's is always one.
+        formats: to choose from; a budget's is not one of them unless it is named here too.
         device, dtype: as torch names them; default: CUDA if there is one, and the checkpoint's dtype.
 
     Raises:
-        UsageError: no such model, fewer than two tokens, or nothing to choose.
+        UsageError: no such model, a text too short to price the formats, or nothing to choose.
         FormatError: a format that the model's keys cannot have.
     """
     transformers_logging.disable_progress_bar()
     tokenizer, network = load_checkpoint(model or DEMO_MODEL, dtype)
     network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :tokens].to(network.device)
-    if ids.shape[1] < 2:
+    formats = tuple(dict.fromkeys(formats))
+    (least, needs_it), count = least_tokens(formats), ids.shape[1]
+    if count < least:
         raise UsageError(
-            f"the text has {ids.shape[1]} tokens: give one like those that the model will read"
+            f"{count} tokens of the text are read, and {needs_it} needs at least {least}: half of them "
+            f"must be more than the {least // 2 - 1} that it keeps exact. Give a text like those that the "
+            "model will read and tokens enough, or formats of more bits."
         )
-    names = tuple(dict.fromkeys((*formats, budget) if isinstance(budget, str) else formats))
-    sizes, values = bytes_per_token(network, names)
-    everywhere, allowed = allowance(budget, sizes, values)
-    alone = [(i, name) for i in sizes for name in names]
+    if count % WINDOW < least:  # the last window would price nothing
+        ids = ids[:, : count // WINDOW * WINDOW]
+    sizes, values = bytes_per_token(network, (*formats, budget) if isinstance(budget, str) else formats)
+    everywhere, allowed = allowance(budget, sizes, values, formats)
+    alone = [(i, name) for i in sizes for name in formats]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -256,9 +270,9 @@ def calibrate(
         moved_everywhere, moved_chosen = measure(network, ids, [same, chosen], measured)
     if moved_everywhere.price <= moved_chosen.price:
         chosen, moved_chosen = same, moved_everywhere
-    count = len(TurboQuantCache(network.config, 16).layers)
+    layers = len(TurboQuantCache(network.config, 16).layers)
     policy = {
-        "kv_format": [chosen.get(i, "bf16") for i in range(count)],
+        "kv_format": [chosen.get(i, "bf16") for i in range(layers)],
         "bytes_per_token": sum(sizes[i][name] for i, name in chosen.items()),
         "kl_nats": moved_chosen.text,
         "kl_nats_of_look_ups": moved_chosen.look_ups,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,6 @@ from .layer_formats import read_policy
 EXTRAS = ("rich", "matplotlib", "transformers", "tokenizers", "safetensors")
 BENCH_MODELS = ("llama", "qwen3", "gemma3")
 BENCH_CACHES = ("dynamic", "quantized", "static-inductor", "static")
-# Options of transformers' `generate`, by its names.
-SAMPLING = {
-    "temperature": (float, "divides the logits"),
-    "top_k": (int, "sample among so many tokens"),
-    "top_p": (float, "sample among the fewest tokens that have this probability together"),
-    "min_p": (float, "sample among tokens at least this probable, relative to the most probable"),
-    "repetition_penalty": (float, "above 1: repeat less"),
-}
 PACKAGES = ("fa3-fwd", "flash-attn-3", "flash-attn-4", "flash-attn", "flashinfer-python")
 
 
@@ -96,11 +89,40 @@ def bench_cache(name: str) -> str:
         raise argparse.ArgumentTypeError(f"{error} Or one of {', '.join(BENCH_CACHES)}.") from None
 
 
-def positive(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def number(
+    kind: type[int] | type[float], said: str, allowed: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """Argument type: a number that is `said` to be what is `allowed`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # which is in no range
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {said}")
+        return value
+
+    return parse
+
+
+positive = number(int, "a whole number of at least 1", lambda x: x >= 1)
+above_zero = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+probability = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+# Options of transformers' `generate`, by its names.
+SAMPLING = {
+    "temperature": (above_zero, "divides the logits"),
+    "top_k": (
+        number(int, "a whole number of at least 0", lambda x: x >= 0),
+        "sample among so many tokens; 0: among all",
+    ),
+    "top_p": (probability, "sample among the fewest tokens that have this probability together"),
+    "min_p": (
+        probability,
+        "sample among tokens at least this probable, relative to the most probable",
+    ),
+    "repetition_penalty": (above_zero, "above 1: repeat less"),
+}
 
 
 def device_name(text: str) -> str:
@@ -109,8 +131,11 @@ def device_name(text: str) -> str:
 
     try:
         device = torch.device(text)
+        known = device.type in ("cpu", "cuda")
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1, ...") from None
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device to run on: cpu, cuda, cuda:1, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"this machine has {torch.cuda.device_count()} CUDA devices")
     return text
@@ -133,13 +158,57 @@ def existing_file(text: str) -> Path:
     return Path(text)
 
 
+def text_of(name: str) -> str:
+    """Argument type: what a text file holds."""
+    try:
+        return existing_file(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no text in UTF-8: {error.reason} at byte {error.start}"
+        ) from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {name!r}: {error.strerror}") from None
+
+
+def new_path(text: str) -> Path:
+    """Argument type: what can be written; folders that are missing are made when it is."""
+    path = Path(text)
+    folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"cannot write {text!r}: {str(folder)!r} is no folder that can be written to"
+        )
+    return path
+
+
+def new_file(text: str) -> Path:
+    """Argument type: a file that can be written, or replaced."""
+    if new_path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file in it")
+    return Path(text)
+
+
+def new_plot(text: str) -> Path:
+    """Argument type: a figure that can be written, or replaced."""
+    path = new_file(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .svg nor in .png")
+    return path
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """`tq-inductor demo`."""
     from .demo import run_demo
 
     figures = run_demo(args.kv_format, args.device)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(args.json, figures)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -148,9 +217,11 @@ def run_generate(args: argparse.Namespace) -> None:
 
     if args.kv_format and args.cache != "turboquant":
         raise UsageError(f"--kv-format is of a packed cache: leave it out with --cache {args.cache}")
-    prompt = args.prompt
-    if prompt is None:
-        prompt = args.prompt_file.read_text() if args.prompt_file else sys.stdin.read()
+    try:
+        prompt = sys.stdin.read() if args.prompt is None else args.prompt
+        prompt.encode()  # a command line has surrogates for bytes that are no text
+    except UnicodeError as error:
+        raise UsageError("the prompt is no text in UTF-8: give one") from error
     given = {name: getattr(args, name) for name in (*SAMPLING, "prefill_chunk_size")}
     figures = generate_text(
         prompt, args.model, cache=args.cache, kv_format=args.kv_format or "k4v4", compiled=args.compile,
@@ -158,7 +229,7 @@ def run_generate(args: argparse.Namespace) -> None:
         do_sample=args.do_sample, **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(args.json, figures)
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
@@ -168,10 +239,10 @@ def run_calibrate(args: argparse.Namespace) -> None:
     if args.plot:
         from .plot_policy import draw_policy  # refuses now, and not after the measurement
     policy = calibrate(
-        args.text.read_text(), args.model, budget=args.budget, formats=args.formats or FORMATS,
+        args.text, args.model, budget=args.budget, formats=args.formats or FORMATS,
         tokens=args.tokens, device=args.device, dtype=args.dtype,
     )  # fmt: skip
-    args.out.write_text(json.dumps(policy, indent=1) + "\n")
+    write_json(args.out, policy)
     print(f"wrote {args.out}")
     if args.plot:
         draw_policy(policy, args.plot)
@@ -189,7 +260,9 @@ def run_balance(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.out} exists: name a folder that does not, for the changed model")
     tokenizer, model = load_checkpoint(args.model, args.dtype)
     model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    inputs = tokenizer(args.text.read_text(), return_tensors="pt")["input_ids"][:, : args.tokens]
+    inputs = tokenizer(args.text, return_tensors="pt")["input_ids"][:, : args.tokens]
+    if not inputs.shape[1]:
+        raise UsageError("the text has no tokens: give one like those that the model will read")
     exponents = balance_keys(model, inputs.to(model.device))
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
@@ -231,14 +304,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", run_demo, "a small model reads held-out text from a packed cache")
     demo.add_argument("--kv-format", type=kv_format_name, default="k4v4", help="default: k4v4")
     demo.add_argument("--device", type=device_name, help="default: cuda if there is one")
-    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    demo.add_argument("--json", type=new_file, metavar="FILE", help="write the figures there too")
 
     generate = command("generate", run_generate, "a transformers model goes on with a text")
     add = generate.add_argument
     add("model", nargs="?", help="folder or name of a checkpoint; default: the small one that ships here")
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="default: read standard input")
-    prompt.add_argument("--prompt-file", type=existing_file, metavar="FILE")
+    prompt.add_argument("--prompt-file", dest="prompt", type=text_of, metavar="FILE")
     add("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
     add("--cache", choices=("turboquant", "static", "dynamic"), default="turboquant")
     kinds = "a format, auto, or a file that `calibrate` wrote"
@@ -247,18 +320,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", type=device_name, help="default: cuda if there is one")
     add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
     add("--prefill-chunk-size", type=positive, metavar="N", help="read the prompt N tokens at a time")
-    add("--seed", type=int, help="of the sampling")
+    seed = number(int, "a whole number from -2**63 to 2**64 - 1", lambda x: -(2**63) <= x < 2**64)
+    add("--seed", type=seed, help="of the sampling")
     add("--do-sample", action="store_true", help="sample; default: always the most probable token")
     for name, (kind, says) in SAMPLING.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=says)
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--json", type=new_file, metavar="FILE", help="write the figures there too")
 
     calibrate = command("calibrate", run_calibrate, "choose a format for each layer, on your own text")
     add = calibrate.add_argument
-    add("text", type=existing_file, help="of the kind that the model will read")
+    add("text", type=text_of, help="of the kind that the model will read")
     add("model", nargs="?", help="folder or name of a checkpoint; default: the small one that ships here")
-    add("--out", type=Path, default=Path("policy.json"), metavar="FILE", help="default: policy.json")
-    add("--plot", type=Path, metavar="FILE", help="draw the prices of layers and formats, .svg or .png")
+    add("--out", type=new_file, default=Path("policy.json"), metavar="FILE", help="default: policy.json")
+    add("--plot", type=new_plot, metavar="FILE", help="draw the prices of layers and formats, .svg or .png")
     add(
         "--budget", type=kv_format_or_bits, default="k4v4",
         help="take no more bytes than this format, or bits a value such as 2.6; default: k4v4",
@@ -272,9 +346,9 @@ def _parser() -> argparse.ArgumentParser:
 
     balance = command("balance", run_balance, "scale keys against queries, so that packing loses less")
     add = balance.add_argument
-    add("text", type=existing_file, help="of the kind that the model will read")
+    add("text", type=text_of, help="of the kind that the model will read")
     add("model", help="folder or name of a checkpoint")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the changed checkpoint goes")
+    add("--out", type=new_path, required=True, metavar="FOLDER", help="where the changed checkpoint goes")
     add("--tokens", type=positive, default=1024, metavar="N", help="of the text to read; default: 1024")
     add("--device", type=device_name, help="default: cuda if there is one")
     add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
@@ -282,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", run_bench, "speed, memory and compile time of caches, ours and transformers'")
     add = bench.add_argument
     formats = "KV formats of a TurboQuantCache such as k4v4"
-    add("--out", type=Path, default=Path("bench.json"), help="default: bench.json; run again to go on")
+    add("--out", type=new_file, default=Path("bench.json"), help="default: bench.json; run again to go on")
     add("--model", choices=BENCH_MODELS, nargs="+", help="shapes, weights random; default: all, CPU: llama")
     add("--size", choices=("full", "tiny"), help="default: full on a GPU, tiny on a CPU")
     add(
@@ -295,14 +369,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=positive, nargs="+", metavar="B")
     add("--context", type=positive, nargs="+", metavar="N", help="tokens of the prompts")
     add("--largest", action="store_true", help="also look for the largest context that fits")
-    add("--new-tokens", type=positive, default=24, metavar="N", help="per measurement; default: 24")
+    # Of two steps before those that are measured, one compiles and one records a CUDA graph.
+    at_least_3 = number(int, "a whole number of at least 3", lambda x: x >= 3)
+    add("--new-tokens", type=at_least_3, default=24, metavar="N", help="per measurement; default: 24")
     add("--prefill-tokens", type=positive, default=1 << 18, metavar="N", help="of a batch, read at once")
-    add("--time-limit", type=float, default=600, metavar="S", help="for one point; default: 600")
+    add("--time-limit", type=above_zero, default=600, metavar="S", help="for one point; default: 600")
     add("--stop-after", type=float, metavar="S", help="start no new point after so many seconds")
 
     plot = command("plot", run_plot, "draw speed and memory over context, and tokens/s over batch")
     plot.add_argument("result", type=existing_file, help="what `bench` wrote")
-    plot.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="default: here")
+    plot.add_argument("--out", type=new_path, default=Path("."), metavar="FOLDER", help="default: here")
     plot.add_argument("--format", choices=("svg", "png"), default="svg")
     return parser
 

@@ -114,7 +114,7 @@ def load_checkpoint(name: str | Path, dtype: str) -> tuple[PreTrainedTokenizerBa
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot load a model and its tokenizer from {str(name)!r}: {error} Give a folder that "
-            "save_pretrained() wrote, or leave the model out to use the one that ships with this package."
+            f"save_pretrained() wrote, such as the one that ships with this package: {DEMO_MODEL}"
         ) from error
 
 

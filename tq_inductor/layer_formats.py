@@ -90,8 +90,7 @@ def layer_formats(
         head_dims: of its layers; None for those without attention.
 
     Raises:
-        FormatError: a format or head dimension that cannot be stored.
-        ValueError: not as many names as layers.
+        FormatError: a format or head dimension that cannot be stored, or not as many names as layers.
     """
     if isinstance(kv_format, str):
         if kv_format == "auto":
@@ -104,7 +103,7 @@ def layer_formats(
             "each layer"
         )
     if len(kv_format) != len(head_dims):
-        raise ValueError(
+        raise FormatError(
             f"kv_format names {len(kv_format)} formats, but the model has {len(head_dims)} layers: give "
             "one name for all, or one for each layer (that of a layer without full attention is not used)"
         )

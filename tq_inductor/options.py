@@ -37,6 +37,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Compil
     Raises:
         OptionError: an unknown key or value; a `ValueError`.
     """
+    if not isinstance(options, Mapping | None):
+        raise OptionError(
+            f"options={options!r} must be a dict such as {{'attention': 'auto'}}. Allowed keys: "
+            f"{', '.join(OWN_KEYS)}, and any key of torch._inductor.config."
+        )
     options = {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
     known = set(torch._inductor.list_options()) | set(OWN_KEYS)
     for key in options:

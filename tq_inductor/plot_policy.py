@@ -18,7 +18,8 @@ def draw_policy(policy: dict[str, Any], path: Path) -> None:
 
     Args:
         policy: what `calibrate` returns.
-        path: a name that ends in .svg, .png or another suffix that matplotlib knows.
+        path: a name that ends in .svg, .png or another suffix that matplotlib knows; its folder is made if
+            missing.
     """
     prices = policy["kl_nats_of_one_layer"]
     layers = [int(i) for i in prices]
@@ -32,5 +33,6 @@ def draw_policy(policy: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{policy['model']}, {policy['tokens']:,} tokens", fontsize="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(SVG):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

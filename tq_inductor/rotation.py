@@ -20,7 +20,7 @@ def _signs(count: int, stream: int) -> torch.Tensor:
 
     Not from a `torch.Generator`, which cannot be made inside a compiled graph, where a cache may be.
     """
-    x = torch.arange(count, dtype=torch.int64) + (ROTATION_SEED << 16) + (stream << 12)
+    x = torch.arange(count, dtype=torch.int64, device="cpu") + (ROTATION_SEED << 16) + (stream << 12)
     for multiplier in (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F):  # murmur3's and xxhash's finalisers
         x = ((x ^ (x >> 15)) * multiplier) & 0xFFFFFFFF
     return ((x >> 16) & 1).to(torch.float64) * 2 - 1
@@ -28,11 +28,11 @@ def _signs(count: int, stream: int) -> torch.Tensor:
 
 def _signed_hadamard(start: int, size: int, head_dim: int, stream: int) -> torch.Tensor:
     """Identity of `head_dim` with `diag(signs) @ H / sqrt(size)` at `start..start+size`, float64."""
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    hadamard = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while hadamard.shape[0] < size:
         top = torch.cat([hadamard, hadamard], dim=1)
         hadamard = torch.cat([top, torch.cat([hadamard, -hadamard], dim=1)])
-    matrix = torch.eye(head_dim, dtype=torch.float64)
+    matrix = torch.eye(head_dim, dtype=torch.float64, device="cpu")
     block = _signs(size, stream)[:, None] * hadamard / size**0.5
     matrix[start : start + size, start : start + size] = block
     return matrix
@@ -41,7 +41,8 @@ def _signed_hadamard(start: int, size: int, head_dim: int, stream: int) -> torch
 def rotation_matrix(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The rotation `R`, float32 `[head_dim, head_dim]`, orthogonal: rotate by `x @ R`, undo by `y @ R.T`.
 
-    The same on every machine and for every layer. `device` is where it is put; it is made on the CPU.
+    The same on every machine and for every layer. `device` is where it is put; it is made on the
+    CPU, whatever the default device is.
     """
     size = 1 << (head_dim.bit_length() - 1)
     matrix = _signed_hadamard(0, size, head_dim, 0)

@@ -8,7 +8,9 @@ tokens that do not fit are dropped and the cache then reads as NaN.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import torch
 from torch import nn
@@ -18,6 +20,25 @@ from .beside import DECODE_TOKENS, SEGMENT, Beside, Chunk
 from .errors import CacheFullError, CacheMismatchError
 from .format import KVFormat, round_up
 from .rotation import rotation_matrix
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of keys and values
+
+
+def whole_number(name: str, given: SupportsIndex, least: int) -> int:
+    """An argument as an int, or ValueError."""
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name}={given!r} must be a whole number, at least {least}")
+    return number
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless keys and values can have this dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} cannot be that of keys and values: give one of {DTYPES}")
 
 
 def known_length(seq_length: torch.Tensor) -> int | None:
@@ -242,7 +263,7 @@ class PackedKVCache(PackedStorage, nn.Module):
 
     Raises:
         FormatError: a format or head dimension that cannot be stored.
-        ValueError: no rows, heads or tokens.
+        ValueError: sizes that are no whole numbers of at least 1, or a dtype that keys cannot have.
     """
 
     def __init__(
@@ -257,11 +278,14 @@ class PackedKVCache(PackedStorage, nn.Module):
         device: torch.device | str = "cuda",
         v_head_dim: int | None = None,
     ) -> None:
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        num_kv_heads = whole_number("num_kv_heads", num_kv_heads, least=1)
+        head_dim = whole_number("head_dim", head_dim, least=1)
+        max_len = whole_number("max_len", max_len, least=1)
+        if v_head_dim is not None:
+            v_head_dim = whole_number("v_head_dim", v_head_dim, least=1)
         fmt = KVFormat(kv_format, head_dim, v_head_dim or head_dim)
-        sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "max_len": max_len}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+        check_dtype(dtype)
         super().__init__()
         for name in ("packed", "seq_length", "k_rotation", "v_rotation", "k_mean", "exact", "exact_from"):
             self.register_buffer(name, None, persistent=False)
