@@ -1,4 +1,4 @@
-"""What arguments of the command line may be: argparse's types. They say what was given and what is allowed."""
+"""What arguments of the command line may be: types for argparse, which say what was given and allowed."""
 
 from __future__ import annotations
 
