@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .scores import KEY_MASK, LOG2_E, NO_MASK, has_whole, mask_arguments
+from .scores import BIT_MASK, KEY_MASK, LOG2_E, NO_MASK, has_whole, mask_arguments
 from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles, has_wgmma
 
 # Of fewer a block has too little to do: it takes 7 us beside its tiles, and no second one runs meanwhile.
@@ -22,9 +22,9 @@ OPERANDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 @gluon.jit
 def wgmma_attend_kernel(
     q_ptr, k_tiles, v_tiles, bounds_ptr, mask_ptr, out_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-    bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_n, q_len, max_len, scale,
-    OPERAND: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
-    HAS_BOUNDS: gl.constexpr, HAS_WHOLE: gl.constexpr, HAS_MASK: gl.constexpr,
+    bounds_stride_b, bounds_stride_t, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n, q_len,
+    max_len, scale, OPERAND: gl.constexpr, K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, HAS_WHOLE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Rows are `decode_split_kernel`'s; the result is [batch, token, head, dim]."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
@@ -53,10 +53,14 @@ def wgmma_attend_kernel(
         whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
         last = gl.load(bounds_ptr + 3, mask=valid, other=max_len)
         whole_to = gl.minimum(whole_to, gl.min(last, axis=0))
-    elif HAS_MASK:
+    elif MASK != NO_MASK:
         whole_to = whole_to * 0
     sees = (low, high, whole_from, whole_to, end)
-    mask = (mask_ptr + batch.to(gl.int64) * mask_stride_b, mask_stride_n)
+    mask_ptr += batch.to(gl.int64) * mask_stride_b
+    if MASK == BIT_MASK:
+        head = kv_head.to(gl.int64) * HEADS + row % HEADS
+        mask_ptr += head * mask_stride_h + (row // HEADS).to(gl.int64) * mask_stride_t
+    mask = (mask_ptr, mask_stride_n, valid)
     factor = scale * LOG2_E + 0.0 * row
 
     q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, Q))
@@ -75,7 +79,7 @@ def wgmma_attend_kernel(
     if n > 0:
         acc, total, peak = attend_tiles(
             q, k_tiles, v_tiles, (batch, kv_head, begin), begin, n, sees, mask, factor, mask, peak, total,
-            acc, HAS_MASK, False, OPERAND, K_DIM, V_DIM, 4, SCORES, RESULT,
+            acc, MASK, False, OPERAND, K_DIM, V_DIM, 4, SCORES, RESULT,
         )  # fmt: skip
 
     share = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), RESULT_ROWS)
@@ -113,7 +117,7 @@ def takes(
     return (
         q.shape[2] >= LEAST_QUERIES
         and {q.shape[3], v.shape[3]} <= {64, 128}
-        and kind in (NO_MASK.value, KEY_MASK.value)
+        and kind in (NO_MASK.value, KEY_MASK.value, BIT_MASK.value)
         and sinks is None
         and not softcap
         and lse is None
@@ -135,8 +139,8 @@ def attend_by_wgmma(
     kind, mask, mask_strides = mask_arguments(attn_mask, q, max_len)
     wgmma_attend_kernel[(triton.cdiv(q_len * group, BLOCK_M.value), kv_heads, batch)](
         q, describe(k), describe(v), q if bounds is None else bounds, mask, out, *q.stride(),
-        *((0, 0) if bounds is None else bounds.stride()[:2]), mask_strides[0], mask_strides[3], q_len,
+        *((0, 0) if bounds is None else bounds.stride()[:2]), *mask_strides, q_len,
         max_len, scale, OPERAND=OPERANDS[q.dtype], K_DIM=dim, V_DIM=v.shape[3], HEADS=group,
-        HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, kind), HAS_MASK=attn_mask is not None,
+        HAS_BOUNDS=bounds is not None, HAS_WHOLE=has_whole(bounds, kind), MASK=kind,
         num_warps=8,
     )  # fmt: skip

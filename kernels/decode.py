@@ -49,6 +49,7 @@ from .pages import table_arguments, tokens_of_page
 from .prefill import attend_to_prefix, takes_prefix
 from .prefill_pieces import attend_by_pieces, takes_pieces
 from .scores import (
+    BIT_MASK,
     KEY_MASK,
     LOG2_E,
     NO_MASK,
@@ -175,7 +176,7 @@ def decode_split_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(first_slot, end, BLOCK_N):
         needed = True
-        if MASK != NO_MASK and not HAS_BOUNDS:  # a tile that no row sees is not read
+        if MASK != NO_MASK and MASK != BIT_MASK and not HAS_BOUNDS:  # a tile that no row sees is not read
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             shown = hide_in_part(
                 zeros, start, low, high, whole_from, whole_to, mask_ptr, mask_stride_n, valid, max_len,
@@ -383,6 +384,8 @@ def _launch(
     )  # fmt: skip
     if direct:
         return
+    if seq_lens is None:  # no slots are left out: nothing to hide
+        attn_mask = bounds = None
     reduce_splits(
         out, partial, logs, seq_lens, v_rotation, attn_mask, bounds, sinks, group, max_len, lse, parts
     )

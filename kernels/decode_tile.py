@@ -6,7 +6,7 @@ import triton.language as tl
 from .bits import FP16_UNIT, TINY
 from .decode_rows import load_query, load_rows
 from .pages import TOGETHER, find_tokens
-from .scores import KEY_MASK, NO_MASK, load_mask, squash
+from .scores import BIT_MASK, KEY_MASK, NO_MASK, load_bits, load_mask, squash
 from .segments import MEAN_OF
 
 
@@ -20,6 +20,8 @@ def apply_mask(
     if MASK == KEY_MASK:
         let_through, _ = load_mask(mask_ptr + slots.to(tl.int64) * mask_stride_n, slots < max_len, MASK)
         visible &= let_through[None, :]
+    elif MASK == BIT_MASK:
+        visible &= load_bits(mask_ptr, mask_stride_n, start, valid, max_len, scores.shape[1])
     elif MASK != NO_MASK:
         ptrs = mask_ptr[:, None] + slots.to(tl.int64)[None, :] * mask_stride_n
         let_through, bias = load_mask(ptrs, valid[:, None] & (slots < max_len)[None, :], MASK)

@@ -277,7 +277,7 @@ def attend_by_pieces(
     if has_wgmma(q.device) and max(dims) <= 128 and kind in (NO_MASK.value, KEY_MASK.value) and not softcap:
         kernel, (block_m, block_n) = wgmma_piece_kernel, WGMMA_TILE
         tiles, others = [describe(x) for x in (k, v)], (mask, mask_strides[0], mask_strides[3])
-        constants = dict(HAS_MASK=attn_mask is not None, num_warps=8)
+        constants = dict(MASK=kind, num_warps=8)
     else:
         block_m, block_n = tile_of(max(dims), is_roomy(q.device), attn_mask is not None)
         tiles = [TensorDescriptor.from_tensor(x, [block_n, x.shape[1]]) for x in (k, v)]

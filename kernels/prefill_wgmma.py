@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bits import TINY
 from .prefill import WEIGHT_BITS, WEIGHT_UNIT
+from .scores import NO_MASK
 from .segments import MEAN_OF
 from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles
 
@@ -23,7 +24,7 @@ def wgmma_piece_kernel(
     first, piece, splits, mean_score_ptr, segments, mask_ptr, mask_stride_b, mask_stride_n,
     K_DIM: gl.constexpr, V_DIM: gl.constexpr, HEADS: gl.constexpr, SINKS: gl.constexpr,
     RECENT: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_WHOLE: gl.constexpr, HAS_MEAN: gl.constexpr,
-    HAS_MASK: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """The arguments and results are `piece_kernel`'s."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
@@ -46,7 +47,7 @@ def wgmma_piece_kernel(
         high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
     else:
         low, high = token * 0, token * 0 + max_len
-        if not HAS_MASK:  # the queries are the last tokens
+        if MASK == NO_MASK:  # the queries are the last tokens
             high = gl.minimum(seq_len - q_len + token + 1, max_len).to(gl.int32)
     high = gl.minimum(high, gl.minimum(seq_len - own, max_len).to(gl.int32))
     if SINKS + RECENT > 0:
@@ -72,10 +73,10 @@ def wgmma_piece_kernel(
         whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
         last = gl.load(bounds_ptr + 3, mask=valid, other=max_len)
         whole_to = gl.minimum(whole_to, gl.min(last, axis=0))
-    elif HAS_MASK:
+    elif MASK != NO_MASK:
         whole_to = whole_to * 0
     sees = (low, high, whole_from, whole_to, end)
-    mask = (mask_ptr + batch * mask_stride_b, mask_stride_n)
+    mask = (mask_ptr + batch * mask_stride_b, mask_stride_n, valid)
     unit, v_unit = gl.load(unit_ptr + kv_row * 2), gl.load(unit_ptr + kv_row * 2 + 1)
     factor = gl.maximum(gl.load(factor_ptr + group_row + row, mask=valid, other=0.0) * unit, TINY)
 
@@ -101,7 +102,7 @@ def wgmma_piece_kernel(
     if n > 0:
         place = (kv_row * piece - first + begin,)
         acc, total, peak = attend_tiles(
-            q, k_tiles, v_tiles, place, begin, n, sees, mask, factor, means, peak, total, acc, HAS_MASK,
+            q, k_tiles, v_tiles, place, begin, n, sees, mask, factor, means, peak, total, acc, MASK,
             HAS_MEAN, gl.float16, K_DIM, V_DIM, 2, SCORES, RESULT,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
-NO_MASK, BOOL_MASK, FLOAT_MASK, KEY_MASK = (tl.constexpr(i) for i in range(4))
+NO_MASK, BOOL_MASK, FLOAT_MASK, KEY_MASK, BIT_MASK = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
@@ -37,11 +37,28 @@ def load_mask(ptrs, inside, MASK: tl.constexpr):
 
 
 @triton.jit
+def load_bits(row_ptrs, stride_n, start, valid, max_len, N: tl.constexpr):
+    """What the bits of a mask let through of `N` keys from `start`, a multiple of `N`: [rows, N]."""
+    key = tl.arange(0, N)[None, :]
+    row_ptrs += start // 32 * stride_n
+    words = tl.load(row_ptrs, mask=valid, other=0)[:, None]
+    if N <= 32:
+        place = key + start % 32
+    else:
+        tl.static_assert(N == 64)
+        second = tl.load(row_ptrs + stride_n, mask=valid & (start + 32 < max_len), other=0)
+        words = tl.where(key < 32, words, second[:, None])
+        place = key % 32
+    return (words >> place & 1) != 0
+
+
+@triton.jit
 def hide(scores, visible, mask_ptr, position, stride_n, valid, MASK: tl.constexpr):
     """Scores [rows, positions] with what a mask adds, -inf where not `visible` or not let through.
 
     `mask_ptr` has a pointer for each row; rows that are not `valid` read nothing.
     """
+    tl.static_assert(MASK != BIT_MASK)
     if MASK != NO_MASK:
         ptrs = mask_ptr[:, None] + position.to(tl.int64)[None, :] * stride_n
         let_through, bias = load_mask(ptrs, visible & valid[:, None], MASK)
@@ -61,16 +78,20 @@ def is_key_mask(attn_mask: torch.Tensor) -> bool:
 
 
 def has_whole(bounds: torch.Tensor | None, mask_kind: int) -> bool:
-    """Whether `bounds` say where a bool mask need not be read."""
-    return bounds is not None and bounds.shape[2] == 4 and mask_kind in (BOOL_MASK.value, KEY_MASK.value)
+    """Whether `bounds` say where a mask that only hides need not be read."""
+    hides = mask_kind not in (NO_MASK.value, FLOAT_MASK.value)
+    return hides and bounds is not None and bounds.shape[2] == 4
 
 
 def mask_arguments(
     attn_mask: torch.Tensor | None, q: torch.Tensor, max_len: int
 ) -> tuple[int, torch.Tensor, tuple[int, ...]]:
-    """(kind, tensor, its strides over `[B, H, q, max_len]`) for a kernel; without a mask any tensor."""
+    """(kind, tensor, its strides over `[B, H, q, max_len or its words]`) for a kernel; without a mask any
+    tensor."""
     if attn_mask is None:
         return NO_MASK.value, q, (0, 0, 0, 0)
+    if attn_mask.dtype == torch.int32:
+        return BIT_MASK.value, attn_mask, attn_mask.expand(*q.shape[:3], -1).stride()
     strides = attn_mask.expand(*q.shape[:3], max_len).stride()
     if attn_mask.dtype != torch.bool:
         return FLOAT_MASK.value, attn_mask, strides

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .prefill import WEIGHT_BITS
+from .scores import BIT_MASK, KEY_MASK
 from .segments import MEAN_OF
 
 BLOCK_M, BLOCK_N, STAGES = gl.constexpr(128), gl.constexpr(128), gl.constexpr(3)
@@ -29,10 +30,13 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @gluon.jit
 def weigh(
-    s, start, sees, mask, factor, means, peak, total, HAS_MASK: gl.constexpr, HAS_MEAN: gl.constexpr,
+    s, start, sees, mask, factor, means, peak, total, MASK: gl.constexpr, HAS_MEAN: gl.constexpr,
     SCORES: gl.constexpr,
 ):  # fmt: skip
-    """A tile of the online softmax, base 2, of slots from `start`: (weights, decay, total, peak)."""
+    """A tile of the online softmax, base 2, of slots from `start`: (weights, decay, total, peak).
+
+    `mask`: where it starts, for a mask of bits of each row; its stride over keys or words; valid rows.
+    """
     low, high, whole_from, whole_to, end = sees
     mean_score = 0.0 * factor
     if HAS_MEAN:  # one for all keys of a tile: it goes with the peak
@@ -40,9 +44,17 @@ def weigh(
     if (start < whole_from) | (start + BLOCK_N > whole_to):
         slot = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-        if HAS_MASK:
+        if MASK == KEY_MASK:
             let_through = gl.load(mask[0] + slot.to(gl.int64) * mask[1], mask=slot < end, other=0) != 0
             visible = visible & let_through[None, :]
+        elif MASK == BIT_MASK:
+            column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))[None, :]
+            words = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, SCORES)
+            for i in gl.static_range(BLOCK_N // 32):
+                ptrs = mask[0] + (start // 32 + i) * mask[1]
+                word = gl.load(ptrs, mask=mask[2] & (start + 32 * i < end), other=0)
+                words = gl.where(column // 32 == i, word[:, None], words)
+            visible = visible & ((words >> column % 32 & 1) != 0)
         s = gl.where(visible, s, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, axis=1) * factor + mean_score)
     origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -95,7 +107,7 @@ def issue(
 @gluon.jit
 def attend_tiles(
     q, k_tiles, v_tiles, place, begin, n, sees, mask, factor, means, peak, total, acc,
-    HAS_MASK: gl.constexpr, HAS_MEAN: gl.constexpr, OPERAND: gl.constexpr, K_DIM: gl.constexpr,
+    MASK: gl.constexpr, HAS_MEAN: gl.constexpr, OPERAND: gl.constexpr, K_DIM: gl.constexpr,
     V_DIM: gl.constexpr, RANK: gl.constexpr, SCORES: gl.constexpr, RESULT: gl.constexpr,
 ):  # fmt: skip
     """The online softmax over `n` tiles, at least one, of slots from `begin`: (acc, total, peak).
@@ -123,7 +135,7 @@ def attend_tiles(
     s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     weights, decay, total, peak = weigh(
-        s, begin, sees, mask, factor, means, peak, total, HAS_MASK, HAS_MEAN, SCORES
+        s, begin, sees, mask, factor, means, peak, total, MASK, HAS_MEAN, SCORES
     )
     p = gl.convert_layout(weights.to(OPERAND), WEIGHTS)
     mbarrier.wait(bars.index(0), 0)
@@ -138,7 +150,7 @@ def attend_tiles(
         issue(k_tiles, v_tiles, place, bars, k_buffers, v_buffers, stage, stage < n, K_DIM, V_DIM, RANK)
         s = warpgroup_mma_wait(1, [s])
         weights, decay, total, peak = weigh(
-            s, begin + (i + 1) * BLOCK_N, sees, mask, factor, means, peak, total, HAS_MASK, HAS_MEAN, SCORES
+            s, begin + (i + 1) * BLOCK_N, sees, mask, factor, means, peak, total, MASK, HAS_MEAN, SCORES
         )
         next_p = gl.convert_layout(weights.to(OPERAND), WEIGHTS)
         # The assembler may move what precedes a wait for products behind it, but not past this one.

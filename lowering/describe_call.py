@@ -73,6 +73,7 @@ def describe(found: Found, visibility: Visibility, writes: Writes) -> AttentionC
         visible=_words(found),
         bounded=form is not None and _is_bounded(found, form) and visibility.can_build(sdpa, form),
         interval=form is not None and _is_interval(found, form) and visibility.can_build(sdpa, form),
+        bits=form is not None and visibility.packs(sdpa, form),
         is_causal=sdpa.is_causal is not False,
         alignment=alignment,
         padding=padding_beside(form, q, k) if form and visibility.can_build(sdpa, form) else "",

@@ -112,8 +112,10 @@ class _Rewriter:
         return self._visibility.mask(sdpa, form), self._visibility.bounds(sdpa, form)
 
     def _attend(self, found: Found, backend: str) -> None:
-        sdpa = found.sdpa
+        sdpa, form = found.sdpa, found.form
         mask, bounds = self._visible(found)
+        if form is not None and self._visibility.packs(sdpa, form):
+            mask = self._visibility.packed(sdpa)
         args = (sdpa.query, found.key, found.value, mask, bounds, sdpa.sinks, _scale_of(sdpa), backend)
         self._replace(sdpa, OPS.attend.default, args, **_softcap_of(sdpa))
         _erase_unused(sdpa.key, sdpa.value, until=(found.key, found.value))

@@ -5,9 +5,10 @@
   from the first and last key that it shows to each query (to a few queries: to any of them), so that no
   kernel reads what nobody sees. Then two more say between which keys it hides none: nearly always all of
   these, since masks are padding at one end, and no kernel need read the mask.
-- a mask `[B, 1, 1, L]` over keys, or the mask itself where it is more than that.
+- a mask `[B, 1, 1, L]` over keys, or the mask itself where it is more than that; for many queries of
+  `attend` as words of bits (`pack_mask`).
 
-Both are computed where the mask is, once for all layers that share it.
+All are computed where the mask is, once for all layers that share it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import fx
 from .find_calls import SDPANode, value_of
 from .graph_writer import GraphWriter
 from .index_expr import KEY, Apply, Constant, Element, Expr, Index
+from .kv_source import OPS
 from .mask_arithmetic import INTEGERS
 from .mask_form import EVERYTHING, MaskForm, elements, parts
 from .read_mask import ZERO, is_one
@@ -89,6 +91,18 @@ class Visibility:
         if key not in self._built:
             with self.behind_mask(sdpa) as write:
                 self._built[key] = _Emitter(write, sdpa).tensor(form.keys)
+        return self._built[key]
+
+    def packs(self, sdpa: SDPANode, form: MaskForm) -> bool:
+        """Whether `mask` gives the mask itself, and that is one which `packed` takes."""
+        return not form.exact and self.can_build(sdpa, form) and _has_bits(sdpa)
+
+    def packed(self, sdpa: SDPANode) -> fx.Node:
+        """The mask as words of bits."""
+        key = ("words", sdpa.attn_mask)
+        if key not in self._built:
+            with self.behind_mask(sdpa) as write:
+                self._built[key] = write.call(OPS.pack_mask.default, sdpa.attn_mask)
         return self._built[key]
 
     @contextmanager
@@ -162,6 +176,15 @@ def _size_of_axis(sdpa: SDPANode, axis: int) -> tuple[fx.Node, int] | int | None
     if len(shape) < -place or str(shape[place]) != str(size):
         return None
     return sdpa.attn_mask, place
+
+
+def _has_bits(sdpa: SDPANode) -> bool:
+    """Whether the mask is bool, of many queries, and has a column for every key."""
+    mask = value_of(sdpa.attn_mask)
+    if sdpa.attn_mask is None or mask.dtype != torch.bool or not _can_scan(sdpa.attn_mask, sdpa):
+        return False
+    rows = mask.shape[-2] if mask.dim() > 1 else 1
+    return not isinstance(rows, int) or rows > MAX_JOINT_QUERIES
 
 
 def _can_scan(mask: fx.Node, sdpa: SDPANode) -> bool:

@@ -174,6 +174,19 @@ ATTEND_INTERPRETED = [
     Case("", 16, q_len=2, lens=(200, 90), max_len=200, mask="holes", bounds="scan", dtype=FP32),
     Case("", 24, 40, heads=6, q_len=20, max_len=60, bounds="window", dtype=FP16),  # one split
     Case("", 24, q_len=2, max_len=90, mask="float", bounds="row", sinks=True, dtype=FP32, softcap=2.0),
+    Case(
+        "",
+        16,
+        heads=2,
+        kv_heads=1,
+        q_len=40,
+        lens=(90, 41),
+        max_len=99,
+        mask="left",
+        bounds="scan",
+        dtype=FP32,
+    ),
+    Case("", 16, heads=2, kv_heads=1, q_len=5, max_len=150, mask="bool", bounds="row", dtype=FP16),
 ]
 
 _DTYPES = (BF16, FP16, FP32)
@@ -704,7 +717,13 @@ ATTEND_GPU = [
         for mask, b in (
             *(("none", "row"), ("none", "window")),
             *(("keys", "scan"), ("holes", "scan"), ("keys", "none")),
+            *(("left", "scan"), ("bool", "none"), ("bool", "row")),
         )
+    ),
+    *(  # masks of bits, rows of bytes that start anywhere
+        Case("", dim, heads=14, q_len=70, lens=(900, 129), max_len=1003, mask=mask, bounds=b, dtype=dtype)
+        for dim, dtype in ((80, BF16), (128, FP16), (256, BF16), (32, FP32))
+        for mask, b in (("left", "scan"), ("bool", "row"), ("bool", "none"))
     ),
     Case("", 128, heads=16, q_len=700, max_len=700),
 ]

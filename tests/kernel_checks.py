@@ -76,6 +76,7 @@ from tq_inductor.kernels.decode_query import store_and_rotate
 from tq_inductor.kernels.decode_warp import takes, warp_split
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.exact import exact_positions, exact_work
+from tq_inductor.kernels.pack_mask import pack_mask as pack_mask_by_kernel
 from tq_inductor.kernels.pages import tokens_of_page
 from tq_inductor.kernels.store import store
 from tq_inductor.kernels.store_prompt import LEAST_TOKENS
@@ -85,6 +86,7 @@ from tq_inductor.kernels.varlen import varlen_attention
 from tq_inductor import codec, reference, reference_attention
 from tq_inductor.beside import DECODE_TOKENS, SEGMENT
 from tq_inductor.format import round_up
+from tq_inductor.reference_masks import last_tokens, pack_mask, visible_keys
 from tq_inductor.reference_pages import has_no_page, rows_of
 
 
@@ -238,7 +240,7 @@ def check_decode(case: Case, device: str) -> None:
     lens, last = lengths(case, "cpu"), (beside, block_table(case, "cpu"))
     k, v = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
     if mask is None and bounds is None:
-        bounds = reference.last_tokens(lens, case.batch, case.q_len)
+        bounds = last_tokens(lens, case.batch, case.q_len)
     expected = float64_attention(q, k, v, mask, bounds, sinks, scale, case.softcap)
     expected, expected_lse = (reference.poison_overfull(x, lens, case.max_len) for x in expected)
     assert_close(actual, expected, case.dtype)
@@ -280,7 +282,7 @@ def check_append(case: Case, device: str) -> None:
     last = (moved(beside, "cpu"), block_table(case, "cpu"), own_tokens)
     keys, values = reference.load(cache.cpu(), lens, *rotations(case, "cpu"), fmt, case.max_len, *last)
     if mask is None and bounds is None:
-        bounds = reference.last_tokens(lens, case.batch, case.q_len)
+        bounds = last_tokens(lens, case.batch, case.q_len)
     expected, _ = float64_attention(q, keys, values, mask, bounds, sinks, scale, case.softcap)
     expected = reference.poison_overfull(expected, lens, case.max_len)
     assert_close(actual, expected, case.dtype, roundings=2 if own else 1)  # the weights of the chunk
@@ -334,7 +336,7 @@ def check_exact(case: Case, device: str) -> None:
     keys, values = reference.load(cache, lens, *turns, fmt, case.max_len, stored, table)
     seen = exact_tokens(stored, lens, case.max_len)[:, None, None]
     seen = seen if mask is None else seen & mask
-    bounds = reference.last_tokens(lens, case.batch, case.q_len) if bounds is None else bounds
+    bounds = last_tokens(lens, case.batch, case.q_len) if bounds is None else bounds
     expected, expected_lse = float64_attention(q, keys, values, seen, bounds, None, scale, case.softcap)
     for parts in found:
         if parts is None:
@@ -412,15 +414,29 @@ def check_attend(case: Case, device: str) -> None:
     if bounds is not None and case.bounds == "row":  # no tile of 64 slots reaches it
         k[1, :, 128:], v[1, :, 128:] = float("nan"), float("nan")
     with nan_filled_memory(), mock.patch.object(attend_wgmma, "LEAST_QUERIES", 512):
-        actual = attend(q, k, v, *on(device, mask, bounds, sinks), scale, case.softcap, lse)
-    assert actual.dtype == case.dtype
-    assert_close(actual, expected, case.dtype, roundings=2)  # the weights, the result
-    assert_lse_close(lse, expected_lse, case.dtype)
+        for attn_mask in (mask,) if not is_packable(mask) else (mask, pack_mask(mask)):
+            actual = attend(q, k, v, *on(device, attn_mask, bounds, sinks), scale, case.softcap, lse)
+            assert actual.dtype == case.dtype
+            assert_close(actual, expected, case.dtype, roundings=2)  # the weights, the result
+            assert_lse_close(lse, expected_lse, case.dtype)
+
+
+def is_packable(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is bool and of several queries."""
+    return mask is not None and mask.dtype == torch.bool and mask.shape[-2] > 1
+
+
+def check_masks(shape: tuple[int, ...], device: str) -> None:
+    """Words of a mask however it lies: dense, columns apart, rows shared by heads."""
+    mask = torch.rand(shape) < 0.5
+    for each in (mask, mask.mT.contiguous().mT, mask[:1].expand(shape)):
+        with nan_filled_memory():
+            assert torch.equal(pack_mask_by_kernel(each.to(device)).cpu(), pack_mask(each))
 
 
 def float64_attention(q, k, v, mask, bounds, sinks, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference on a CPU in float64, with the LSE."""
-    visible, bias = reference.visible_keys(mask, bounds, k.shape[2])
+    visible, bias = visible_keys(mask, bounds, k.shape[2])
     inputs = (x.cpu().double() for x in (q, k, v))
     bias = None if bias is None else bias.double()
     return reference.attention_and_lse(*inputs, visible, scale, bias, sinks, softcap)
@@ -475,6 +491,7 @@ def check_fp8(case: str, device: str) -> None:
     assert torch.equal(values.cpu(), x.to(torch.float8_e4m3fn).float())
 
 
+MASKS = [(2, 3, 5, 70), (3, 33), (1, 1, 4, 32), (1, 4, 300, 257)]
 GROUPS = {
     "fp8": (check_fp8, ["every value and tie"], ["every value and tie"]),
     "store": (check_store, STORE_INTERPRETED, STORE_GPU),
@@ -486,6 +503,7 @@ GROUPS = {
     "exact": (check_exact, EXACT_INTERPRETED, EXACT_GPU),
     "slots": (check_positions, [(4, 8), (0, 5), (3, 0), (15, 1)], [(4, 8), (0, 5), (3, 0), (15, 1)]),
     "large": (check_large, [], LARGE_GPU),
+    "masks": (check_masks, MASKS, MASKS),
     "attend": (check_attend, ATTEND_INTERPRETED, ATTEND_GPU),
     "varlen": (check_varlen, VARLEN_INTERPRETED, VARLEN_GPU),
 }

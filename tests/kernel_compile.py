@@ -23,6 +23,7 @@ from tq_inductor.kernels.decode_query import rotate_queries, store_and_rotate
 from tq_inductor.kernels.decode_warp import attend_by_warps
 from tq_inductor.kernels.dequantize import dequantize
 from tq_inductor.kernels.exact import exact_work
+from tq_inductor.kernels.pack_mask import pack_mask
 from tq_inductor.kernels.prefill_pieces import piece_kernel, tile_of
 from tq_inductor.kernels.prefill_wgmma import wgmma_piece_kernel
 from tq_inductor.kernels.store import store, store_arguments
@@ -123,11 +124,17 @@ def record_launches() -> list[tuple]:
         bounds = torch.zeros(2, 1, 4, dtype=torch.int32)
         attend(q, *torch.zeros(2, 2, 2, 4096, 128, dtype=BF16), mask, bounds, None, 0.1)
         attend(*torch.zeros(3, 2, 8, 256, 256, dtype=BF16), None, None, None, 0.1)
+        words = pack_mask(torch.ones(2, 1, 129, 4097, dtype=torch.bool))
         rows = torch.zeros(2, 129, 4, dtype=torch.int32)
-        for dim, attn_mask, seen in ((128, None, rows[..., :2]), (128, mask, rows), (64, mask, None)):
-            q_rows, kv = (torch.zeros(2, n, size, dim, dtype=BF16) for n, size in ((8, 129), (2, 4096)))
-            with mock.patch.object(attend_wgmma, "takes", return_value=True):
-                attend(q_rows, kv, kv, attn_mask, seen, None, 0.1)
+        for dim, attn_mask, seen in (
+            *((128, None, rows[..., :2]), (128, mask, rows), (64, mask, None)),
+            *((128, words, rows), (64, words, None)),
+        ):
+            length = 4096 if attn_mask is mask else 4097
+            q_rows, kv = (torch.zeros(2, n, size, dim, dtype=BF16) for n, size in ((8, 129), (2, length)))
+            for wgmma in (False, True):
+                with mock.patch.object(attend_wgmma, "takes", return_value=wgmma):
+                    attend(q_rows, kv, kv, attn_mask, seen, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
         varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)
     finally:
@@ -190,7 +197,7 @@ def main(names_of_targets: list[str]) -> int:
     launches = {}
     for kernel, args, kwargs in record_launches():
         names = ("K_BITS", "V_BITS", "MASK", "ROTATION", "HAS_OWN", "PIECES", "TOKENS")
-        names += ("SOFTCAP", "HAS_MEAN", "HAS_MASK", "PAGE")
+        names += ("SOFTCAP", "HAS_MEAN", "PAGE", "HAS_WHOLE")
         names += ("K_DIM",) if kwargs.keys() & {"COPIES", "HAS_OWN", "HAS_WHOLE"} else ()
         variant = [str(kwargs[name]) for name in names if kwargs.get(name) is not None]
         launches[" ".join([kernel.fn.__name__, *variant])] = (kernel, args, kwargs)

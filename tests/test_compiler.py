@@ -278,7 +278,12 @@ def gpu_prefill(**facts):
         ({}, "triton", ""),
         ({"q_len": None, "kv_len": None}, "triton", ""),
         ({"interval": False}, "sdpa", "every key is visible to some query"),
-        ({"interval": False, "bounded": True}, "triton", ""),
+        ({"interval": False, "bits": True}, "triton", ""),
+        (
+            {"interval": False, "bounded": True},
+            "sdpa",
+            "q_len=2048 (at most 128) with a bool mask, no interval",
+        ),
         (
             {"interval": False, "bounded": True, "mask": "float"},
             "sdpa",

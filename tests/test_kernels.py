@@ -16,7 +16,16 @@ import torch
 
 CHECKS, COMPILE = (Path(__file__).with_name(name) for name in ("kernel_checks.py", "kernel_compile.py"))
 TARGETS = ("80", "90", "100", "gfx942", "86 89 120")  # all of kernel_compile's
-GROUPS = ("fp8 store", "dequantize", "decode append attend", "prefill", "pieces", "exact slots", "varlen")
+GROUPS = (
+    "fp8 store",
+    "dequantize",
+    "decode append",
+    "masks attend",
+    "prefill",
+    "pieces",
+    "exact slots",
+    "varlen",
+)
 
 
 def run_script(script: Path, *arguments: str) -> None:

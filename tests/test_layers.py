@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "codec": ["codebook", "format"],
     "reference_beside": ["beside"],
     "reference_pages": [],
-    "reference": ["beside", "codec", "format", "reference_beside", "reference_pages"],
-    "reference_attention": ["attention.arguments", "attention.call", "reference"],
+    "reference_masks": [],
+    "reference": ["beside", "codec", "format", "reference_beside", "reference_masks", "reference_pages"],
+    "reference_attention": ["attention.arguments", "attention.call", "reference", "reference_masks"],
     "kernels.pages": ["format"],
     "kernels.slots": ["kernels.pages"],
     "kernels.segments": ["beside"],
@@ -93,9 +94,9 @@ MAY_IMPORT = {
     ],
     "kernels.attend_wgmma": ["kernels.scores", "kernels.wgmma_tiles"],
     "kernels.prefill_wgmma": [
-        *("kernels.bits", "kernels.prefill", "kernels.segments", "kernels.wgmma_tiles"),
+        *("kernels.bits", "kernels.prefill", "kernels.scores", "kernels.segments", "kernels.wgmma_tiles"),
     ],
-    "kernels.wgmma_tiles": ["kernels.prefill", "kernels.segments"],
+    "kernels.wgmma_tiles": ["kernels.prefill", "kernels.scores", "kernels.segments"],
     "kernels.append": ["kernels.*", "beside", "format", "results"],
     "kernels.decode_tile": [
         *("kernels.bits", "kernels.decode_rows", "kernels.pages", "kernels.scores", "kernels.segments"),
@@ -166,7 +167,7 @@ MAY_IMPORT = {
 # What it may import besides, but only inside a function: loaded when an op is first called.
 MAY_IMPORT_LATE = {
     "packed_ops": ["reference", "kernels.*"],
-    "attention_ops": ["reference", "reference_attention", "kernels.*"],
+    "attention_ops": ["reference", "reference_attention", "reference_masks", "kernels.*"],
 }
 
 # Who may import these distributions at all, and who when loaded (others: inside a function). The

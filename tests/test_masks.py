@@ -17,7 +17,7 @@ from tq_inductor.lowering.read_mask import MaskReader
 from tq_inductor.lowering.visibility import Visibility
 from tq_inductor.lowering.writes import Writes
 
-from tq_inductor.reference import visible_keys
+from tq_inductor.reference_masks import visible_keys
 
 B, H = 2, 2
 LOWEST = torch.finfo(torch.float32).min

@@ -1,5 +1,7 @@
 """The ops: `opcheck` on each, what they compute, and that a backward is refused."""
 
+import re
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -174,6 +176,24 @@ def test_opcheck_attend(device, sinks):
         (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, None, None, sink, 0.25, "triton"),
     )
     opcheck(ops.attend_lse.default, (q, k, v, mask, bounds, sink, 0.25, "triton"), {"softcap": 3.0})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(2, 4, 18, 45), (18, 45)])
+def test_attend_reads_bits_as_the_mask_that_they_are_of(device, shape):
+    q, k, v = (torch.randn(2, heads, n, 16, device=device) for heads, n in ((4, 18), (2, 45), (2, 45)))
+    mask = torch.rand(shape, device=device) < 0.4
+    opcheck(ops.pack_mask.default, (mask,))
+    words = ops.pack_mask(mask)
+    opcheck(ops.attend.default, (q, k, v, words, None, None, 0.25, "triton"))
+    results = [ops.attend(q, k, v, m, None, None, 0.25, "triton") for m in (mask, words)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(3, 40), torch.ones(1, 1, 1, 3, 40, dtype=torch.bool)])
+def test_masks_that_cannot_be_packed(mask):
+    with pytest.raises(ValueError, match=re.escape(f"{list(mask.shape)}: needs torch.bool")):
+        ops.pack_mask(mask)
 
 
 def test_softcap_and_lse():

@@ -151,6 +151,38 @@ def test_an_opaque_mask_still_bounds_the_reading():
     assert rows[0].backend == "triton"
 
 
+@pytest.mark.parametrize("heads", [1, HQ])
+def test_an_opaque_mask_of_many_queries_is_packed_once(heads):
+    def f(q, k, v, mask):
+        for _ in range(2):
+            q = F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+        return q
+
+    mask = torch.rand(B, heads, 20, 45) < 0.3
+    mask[..., 0], mask[:, :, 3], mask[..., 41:] = True, False, False
+    rows, body, result = rewritten(f, *(args := (*qkv(20, 45), mask)))
+    assert [(row.backend, row.mask) for row in rows] == [("triton", "bool")] * 2
+    torch.testing.assert_close(result, f(*args), rtol=1e-4, atol=1e-5)
+    assert sum("pack_mask.default" in line for line in body) == 1
+    assert sum(" = torch.ops.tq_inductor.attend" in line and "pack_mask" in line for line in body) == 2
+
+
+@pytest.mark.parametrize("what", ["few queries", "float", "changed since"])
+def test_other_opaque_masks_are_not_packed(what):
+    def f(q, k, v, mask):
+        seen = mask | (torch.arange(L) < 2)
+        if what == "changed since":
+            seen[..., 7] = True
+        if what == "float":
+            seen = torch.zeros(()).masked_fill(~seen, float("-inf")) + 0.1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    q_len = 3 if what == "few queries" else 20
+    _, body, result = rewritten(f, *(args := (*qkv(q_len), torch.rand(B, 1, q_len, L) < 0.5)))
+    assert not any("pack_mask" in line for line in body)
+    torch.testing.assert_close(result, f(*args), rtol=1e-4, atol=1e-5)
+
+
 def test_layers_share_what_the_mask_costs():
     def f(q, k, v, position):
         mask = up_to(position)

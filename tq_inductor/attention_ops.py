@@ -11,7 +11,7 @@ import torch
 from .attention.arguments import DenseArguments, VarlenArguments
 from .attention.select import BY_NAME, AttentionBackend
 from .foreign_kv import FP8, check_stored, plain_tokens
-from .op_checks import check_sizes, check_softcap
+from .op_checks import check_bool_mask, check_sizes, check_softcap
 from .results import as_result, empty_result
 
 
@@ -19,6 +19,19 @@ def _backend(name: str) -> AttentionBackend:
     if name not in BY_NAME:
         raise ValueError(f"unknown attention backend {name!r}. Allowed: {', '.join(BY_NAME)}.")
     return BY_NAME[name]
+
+
+def _pack_mask(attn_mask: torch.Tensor) -> torch.Tensor:
+    check_bool_mask(attn_mask)
+    if attn_mask.is_cuda:
+        from .kernels.pack_mask import pack_mask
+    else:
+        from .reference_masks import pack_mask
+    return pack_mask(attn_mask)
+
+
+def _pack_mask_fake(attn_mask: torch.Tensor) -> torch.Tensor:
+    return attn_mask.new_empty((*attn_mask.shape[:-1], (attn_mask.shape[-1] + 31) // 32), dtype=torch.int32)
 
 
 def _attend(
@@ -146,6 +159,7 @@ _ATTEND_ARGS = (
 )
 
 OPS = (
+    ("pack_mask(Tensor attn_mask) -> Tensor", _pack_mask, _pack_mask_fake),
     (f"attend({_ATTEND_ARGS}) -> Tensor", _attend, _attend_fake),
     (f"attend_lse({_ATTEND_ARGS}) -> (Tensor, Tensor)", _attend_lse, _attend_lse_fake),
     (

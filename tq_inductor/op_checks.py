@@ -19,6 +19,17 @@ def check_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap={softcap}: needs a positive number, or None for none")
 
 
+def check_bool_mask(attn_mask: torch.Tensor) -> None:
+    """A mask to pack is bool, of one to four dimensions.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if attn_mask.dtype != torch.bool or not 1 <= attn_mask.dim() <= 4:
+        given = f"{attn_mask.dtype} {list(attn_mask.shape)}"
+        raise ValueError(f"attn_mask is {given}: needs torch.bool, broadcastable to [B, H, q, keys]")
+
+
 def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
     """Keys and values are of the same tokens and heads, and q of keys' size and a multiple of their heads.
 

@@ -19,6 +19,8 @@ Shapes: `B` batch, `H` query heads, `Hkv` KV heads, `q` new tokens, `D` head dim
   structure); for a lossless format only their sizes are used.
 - `attn_mask`: bool or float, broadcastable to `[B, H, q, max_len]`. It alone decides what is visible;
   slots past `seq_lens` are keys and values of zeros, as in SDPA over what `tq_dequantize` returns.
+  For `attend` it may be what `pack_mask` made of a bool one: int32 `[..., ceil(max_len / 32)]`, where bit j
+  of word w is key 32 w + j. Many queries read that faster, and one serves all layers.
 - `bounds`: int32, broadcastable to `[B, q, 2]`: of the keys that the mask lets through, query i of row b
   sees `bounds[b, i, 0] <= k < bounds[b, i, 1]`. With neither bounds nor mask the queries of `tq_decode`
   are the last `q` tokens and see all before and themselves; those of `attend` see everything. Or

@@ -15,6 +15,7 @@ from .beside import NOTHING, SEGMENT, Beside, Chunk
 from .codec import decode_vectors, encode_vectors, pack, unpack
 from .format import PAGE_ALIGNMENT, SCALE_DTYPE, KVFormat
 from .reference_beside import copy_exact, exact_slots, take_means
+from .reference_masks import last_tokens, visible_keys, visible_range
 from .reference_pages import capacity, has_no_page, place, rows_of
 
 
@@ -212,35 +213,6 @@ def attention_and_lse(
     return out.view(*q.shape[:-1], v.shape[-1]), (peak + total.log()).squeeze(-1)
 
 
-def visible_keys(
-    attn_mask: torch.Tensor | None, bounds: torch.Tensor | None, max_len: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What mask and bounds let each query see: `(visible [B|1, H|1, q|1, max_len], bias or None)`."""
-    visible, bias = torch.ones(1, 1, 1, max_len, dtype=torch.bool), None
-    if attn_mask is not None:
-        visible = attn_mask[(None,) * (4 - attn_mask.dim())]
-        visible = visible.expand(*visible.shape[:-1], max_len)
-        if visible.dtype != torch.bool:
-            visible, bias = ~visible.isneginf(), visible.to(torch.float32)
-    if bounds is not None:
-        slot = torch.arange(max_len, device=bounds.device)
-        first, end = bounds[:, None, :, :1], bounds[:, None, :, 1:2]
-        visible = visible & (first <= slot) & (slot < end)
-    return visible, bias
-
-
-def last_tokens(seq_lens: torch.Tensor, batch: int, q_len: int) -> torch.Tensor:
-    """Bounds of queries that are the last `q_len` tokens of each row: causal, aligned bottom-right."""
-    ends = seq_lens.reshape(-1, 1) - q_len + 1 + torch.arange(q_len, device=seq_lens.device)
-    return torch.stack((torch.zeros_like(ends), ends), -1).expand(batch, q_len, 2)
-
-
-def _visible_range(visible: torch.Tensor) -> slice:
-    """The slots between the first and the last that anything sees; one if nothing is seen."""
-    columns = visible.flatten(0, -2).any(0).nonzero().flatten().tolist() or [0]
-    return slice(columns[0], columns[-1] + 1)
-
-
 def poison_overfull(x: torch.Tensor, seq_lens: torch.Tensor, max_len: int) -> torch.Tensor:
     """`x` `[B, ...]` with NaN in rows that hold more than `max_len` tokens: the rest was dropped."""
     overfull = (seq_lens.expand(x.shape[0]) > max_len).reshape(-1, *[1] * (x.dim() - 1))
@@ -296,7 +268,7 @@ def decode(
     if attn_mask is None and bounds is None:
         bounds = last_tokens(seq_lens, q.shape[0], q.shape[2])
     visible, bias = visible_keys(attn_mask, bounds, max_len)
-    end = _visible_range(visible).stop  # read no slot that nothing sees
+    end = visible_range(visible).stop  # read no slot that nothing sees
     k, v = load(cache, seq_lens, k_rotation, v_rotation, fmt, end, beside, block_table, own)
     bias = None if bias is None else bias[..., :end]
     out, log = attention_and_lse(q.float(), k, v, visible[..., :end], scale, bias, sinks, softcap)
@@ -322,7 +294,7 @@ def attend(
     `lse` is filled as by `decode`.
     """
     visible, bias = visible_keys(attn_mask, bounds, k.shape[2])
-    seen = _visible_range(visible)
+    seen = visible_range(visible)
     visible, k, v = visible[..., seen], k[:, :, seen], v[:, :, seen]
     bias = None if bias is None else bias[..., seen].masked_fill(~visible, float("-inf"))
     if sinks is None and softcap is None and lse is None:

@@ -6,7 +6,8 @@ import torch
 
 from .attention.arguments import DenseArguments
 from .attention.call import Window
-from .reference import attention, visible_keys
+from .reference import attention
+from .reference_masks import visible_keys
 
 
 def visible_window(q_len: int, kv_len: int, alignment: str, window: Window) -> torch.Tensor:

@@ -28,6 +28,7 @@ class AttentionCall:
             static cache are, by an amount that only the device knows.
         interval: whether the mask is wholly an interval of keys per query and a mask over keys, and more
             than plain causal.
+        bits: whether the mask is bool, of many queries and no interval, and can be packed where it is made.
         is_causal: SDPA's flag, which aligns query 0 with key 0 (top-left).
         alignment: if `window` says all of the mask, or all but ALiBi: where query i stands among the keys,
             "top-left" (at key i), "bottom-right" (at key `i + kv_len - q_len`), or "equal" where these are
@@ -68,6 +69,7 @@ class AttentionCall:
     visible: str = "none"
     bounded: bool = False
     interval: bool = False
+    bits: bool = False
     is_causal: bool = False
     alignment: str = ""
     padding: str = ""
