@@ -1,16 +1,17 @@
 """`tq-inductor bench` with the shapes that the documentation speaks of, on a GPU.
 
     python benchmarks/bench_generate.py [--out FOLDER] [--commit NAME] [--model M ...] [--cache C ...]
-                                        [--stop-after S]
+                                        [--shapes N] [--time-limit S] [--stop-after S]
 
 Speed and memory over context (batch 1 and 8), tokens/s over batch (8,192 tokens), and the largest
-context that fits, for each model and cache. Writes `generate.json`, into which every finished point goes
-at once; run again, it goes on. `tq-inductor plot` draws it.
+context that fits, for each cache. Writes `generate_MODEL.json` for each model, into which every finished
+point goes at once; run again, it goes on. `tq-inductor plot` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from evidence import RESULTS, environment
@@ -39,7 +40,7 @@ def prefill_tokens(batch: int, context: int | None) -> int:
 
 
 def main() -> None:
-    """Measure what the result file does not hold yet."""
+    """Measure what the result files do not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="default: git's")
@@ -49,16 +50,18 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=300)
     parser.add_argument("--stop-after", type=float, help="start no new point after so many seconds")
     args = parser.parse_args()
-    points = [
-        Point(model, "full", cache, batch, context, NEW_TOKENS, prefill_tokens(batch, context))
-        for model in args.model
-        for cache in args.cache
-        for batch, context in SHAPES[: args.shapes]
-    ]
-    run_bench(
-        points, args.out / "generate.json", environment(args.commit),
-        time_limit=args.time_limit, stop_after=args.stop_after,
-    )  # fmt: skip
+    started = time.monotonic()
+    for model in args.model:
+        points = [
+            Point(model, "full", cache, batch, context, NEW_TOKENS, prefill_tokens(batch, context))
+            for cache in args.cache
+            for batch, context in SHAPES[: args.shapes]
+        ]
+        left = None if args.stop_after is None else args.stop_after - (time.monotonic() - started)
+        run_bench(
+            points, args.out / f"generate_{model}.json", environment(args.commit),
+            time_limit=args.time_limit, stop_after=left,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

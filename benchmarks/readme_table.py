@@ -23,6 +23,11 @@ COMPARED = {
     "static": 'StaticCache, `backend="turboquant"`',
     "k4v4": 'TurboQuantCache, k4v4, `backend="turboquant"`',
 }
+MODELS = {
+    "llama": "Llama, 16 layers, hidden size 4096",
+    "qwen3": "Qwen3 of the 8B's sizes",
+    "gemma3": "Gemma-3 of the 4B's sizes",
+}
 CACHE_NAMES = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
 
 
@@ -46,22 +51,25 @@ def table() -> str:
         bits = f"{row['bits_per_byte']:.3f}" + ("" if lossless else f" ({row['delta_percent']:+.1f}%)")
         kept = fmt.slot_bytes + (0 if lossless else 2 * fmt.head_dim // SEGMENT)  # and its share of a mean
         lines.append(f"| {name} | {kept} | {kept / 512:.2f}x | {bits} | {time:.0f} µs |")
-    tables = (_generate(), _steps(), _two_gpus(), _prefill())
+    measured = [name for name in MODELS if (results / f"generate_{name}.json").exists()]
+    tables = (*map(_generate, measured), _steps(), _two_gpus(), _prefill())
     return "\n".join(chain(lines, *(["", *table] for table in tables))) + "\n"
 
 
-def _generate() -> list[str]:
+def _generate(model: str) -> list[str]:
     """`generate` with each cache, transformers' own ways of running it beside ours."""
-    points = {(p["cache"], p["batch"], p["context"]): p for p in _result("generate")["points"]}
-    shapes = [key[1:] for key in points if key[0] == "quantized"]  # those that all were measured at
+    rows = [point for point in _result(f"generate_{model}")["points"] if "step_ms" in point]
+    points = {(p["cache"], p["batch"], p["context"]): p for p in rows}
+    caches = {cache: name for cache, name in COMPARED.items() if any(key[0] == cache for key in points)}
+    shapes = [key[1:] for key in points if key[0] == "k4v4"]
+    shapes = [shape for shape in shapes if all((cache, *shape) in points for cache in caches)]
     names = [f"{batch} x {context:,}" for batch, context in shapes]
-    steps = " | ".join([f"ms a token at {names[0]}", *names[1:]])
+    columns = [f"ms a token at {names[0]}", *names[1:], f"first token, {names[0]}", "cache", "peak memory"]
     lines = [
-        f"| `generate`: transformers' Llama, 16 layers, hidden size 4096 | {steps} "
-        f"| first token, {names[0]} | cache | peak memory |",
+        f"| `generate`: transformers' {MODELS[model]} | {' | '.join(columns)} |",
         "|---" * (len(shapes) + 4) + "|",
     ]
-    for cache, name in COMPARED.items():
+    for cache, name in caches.items():
         times = " | ".join(f"{points[(cache, *shape)]['step_ms']:.1f}" for shape in shapes)
         point = points[(cache, *shapes[0])]
         held, peak = (f"{point[key] / 2**30:.1f} GiB" for key in ("cache_bytes", "peak_bytes"))

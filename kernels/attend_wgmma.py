@@ -11,11 +11,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .bits import sm_count
 from .scores import BIT_MASK, KEY_MASK, LOG2_E, NO_MASK, has_whole, mask_arguments
-from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles, has_wgmma
+from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles, has_wgmma, span
 
-# Of fewer a block has too little to do: it takes 7 us beside its tiles, and no second one runs meanwhile.
-LEAST_QUERIES = 4096
+# Of fewer keys a block has too little to do: what is beside its tiles takes as long, and nothing hides it.
+LEAST_KEYS = 512
+LEAST_FILLED = (
+    0.75  # of all multiprocessors with a block each; the portable kernel can split the keys of one
+)
 OPERANDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -32,29 +36,32 @@ def wgmma_attend_kernel(
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     RESULT_ROWS: gl.constexpr = gl.SliceLayout(1, RESULT)
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K_DIM, K_DIM // 8], [8, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V_DIM, V_DIM // 8], [8, 1], [1, 0])
     block = gl.num_programs(0) - 1 - gl.program_id(0)  # the last rows, which see most, come first
     kv_head, batch = gl.program_id(1), gl.program_id(2)
     rows = q_len * HEADS  # token-major, the heads of a group fastest
     row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROWS)
     valid = row < rows
+    q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, Q))
+    dims = gl.arange(0, K_DIM, layout=gl.SliceLayout(0, Q))
+    q_head = kv_head.to(gl.int64) * HEADS + q_row % HEADS
+    q_ptr += batch.to(gl.int64) * q_stride_b
+    q_rows = q_ptr + q_head * q_stride_h + (q_row // HEADS).to(gl.int64) * q_stride_t
+    q = gl.load(q_rows[:, None] + dims[None, :] * q_stride_d, mask=(q_row < rows)[:, None], other=0.0)
     low = row * 0
     high = low + max_len
     if HAS_BOUNDS:
         bounds_ptr += batch.to(gl.int64) * bounds_stride_b + row // HEADS * bounds_stride_t
         low = gl.maximum(gl.load(bounds_ptr, mask=valid, other=0), 0)
         high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
-    seen = valid & (low < high)
-    begin = gl.min(gl.where(seen, low, max_len), axis=0) // BLOCK_N * BLOCK_N
-    end = gl.max(gl.where(seen, high, 0), axis=0)
-    # Slots that all rows see.
-    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
-    whole_to = gl.min(gl.where(valid, high, max_len), axis=0)
+    whole_from, whole_to = low, high
     if HAS_WHOLE:  # the mask lets all of these through
-        whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
-        last = gl.load(bounds_ptr + 3, mask=valid, other=max_len)
-        whole_to = gl.minimum(whole_to, gl.min(last, axis=0))
+        whole_from = gl.maximum(low, gl.load(bounds_ptr + 2, mask=valid, other=0))
+        whole_to = gl.minimum(high, gl.load(bounds_ptr + 3, mask=valid, other=0))
     elif MASK != NO_MASK:
-        whole_to = whole_to * 0
+        whole_to = high * 0
+    begin, end, whole_from, whole_to = span(low, high, whole_from, whole_to, valid, max_len)
+    begin = begin // BLOCK_N * BLOCK_N
     sees = (low, high, whole_from, whole_to, end)
     mask_ptr += batch.to(gl.int64) * mask_stride_b
     if MASK == BIT_MASK:
@@ -62,15 +69,6 @@ def wgmma_attend_kernel(
         mask_ptr += head * mask_stride_h + (row // HEADS).to(gl.int64) * mask_stride_t
     mask = (mask_ptr, mask_stride_n, valid)
     factor = scale * LOG2_E + 0.0 * row
-
-    q_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, Q))
-    dims = gl.arange(0, K_DIM, layout=gl.SliceLayout(0, Q))
-    q_head = kv_head.to(gl.int64) * HEADS + q_row % HEADS
-    q_ptr += batch.to(gl.int64) * q_stride_b
-    q_rows = q_ptr + q_head * q_stride_h + (q_row // HEADS).to(gl.int64) * q_stride_t
-    q = gl.load(q_rows[:, None] + dims[None, :] * q_stride_d, mask=(q_row < rows)[:, None], other=0.0)
-    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, K_DIM], OPERAND)
-    q = gl.allocate_shared_memory(OPERAND, [BLOCK_M, K_DIM], Q_SHARED, q)
 
     peak = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
     total = gl.zeros([BLOCK_M], gl.float32, ROWS)
@@ -83,11 +81,12 @@ def wgmma_attend_kernel(
         )  # fmt: skip
 
     share = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), RESULT_ROWS)
-    o_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=RESULT_ROWS)
-    columns = gl.arange(0, V_DIM, layout=gl.SliceLayout(0, RESULT))
+    out = gl.convert_layout((acc * share[:, None]).to(OPERAND), OUT)  # to write whole lines
+    o_row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
+    columns = gl.arange(0, V_DIM, layout=gl.SliceLayout(0, OUT))
     place = (batch.to(gl.int64) * q_len + o_row // HEADS) * (gl.num_programs(1) * HEADS)
     ptrs = out_ptr + (place + kv_head * HEADS + o_row % HEADS)[:, None] * V_DIM + columns[None, :]
-    gl.store(ptrs, (acc * share[:, None]).to(OPERAND), mask=(o_row < rows)[:, None])
+    gl.store(ptrs, out, mask=(o_row < rows)[:, None])
 
 
 def describe(x: torch.Tensor) -> TensorDescriptor:
@@ -110,19 +109,22 @@ def takes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None,
     sinks: torch.Tensor | None, scale: float, softcap: float | None, lse: torch.Tensor | None,
 ) -> bool:  # fmt: skip
-    """Whether the kernel takes this call, and enough queries to be the faster one."""
+    """Whether the kernel takes this call, and is faster than the portable one (docs/kernel-notes.md)."""
     if not has_wgmma(q.device) or not q.dtype == k.dtype == v.dtype or q.dtype not in OPERANDS:
         return False
     kind, _, _ = mask_arguments(attn_mask, q, k.shape[2])
+    rows = q.shape[2] * q.shape[1] // k.shape[1]
+    blocks = triton.cdiv(rows, BLOCK_M.value) * k.shape[1] * q.shape[0]
     return (
-        q.shape[2] >= LEAST_QUERIES
-        and {q.shape[3], v.shape[3]} <= {64, 128}
+        rows >= BLOCK_M.value
+        and blocks >= LEAST_FILLED * sm_count(q.device)
+        and k.shape[2] >= LEAST_KEYS
+        and {q.shape[3], v.shape[3]} in ({128}, {64, 128})
         and kind in (NO_MASK.value, KEY_MASK.value, BIT_MASK.value)
         and sinks is None
         and not softcap
         and lse is None
         and scale > 0
-        and k.shape[2] > 0
         and can_copy(k)
         and can_copy(v)
     )

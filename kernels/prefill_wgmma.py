@@ -12,7 +12,7 @@ from .bits import TINY
 from .prefill import WEIGHT_BITS, WEIGHT_UNIT
 from .scores import NO_MASK
 from .segments import MEAN_OF
-from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles
+from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles, span
 
 WGMMA_TILE = (BLOCK_M.value, BLOCK_N.value)
 
@@ -55,9 +55,14 @@ def wgmma_piece_kernel(
         low = gl.maximum(low, SINKS)
         high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
     low, high = gl.maximum(low, first), gl.minimum(high, first + piece)
-    seen = valid & (low < high)
-    begin = gl.min(gl.where(seen, low, first + piece), axis=0) // BLOCK_N * BLOCK_N
-    end = gl.max(gl.where(seen, high, 0), axis=0)
+    whole_from, whole_to = low, high
+    if HAS_WHOLE:
+        whole_from = gl.maximum(low, gl.load(bounds_ptr + 2, mask=valid, other=0))
+        whole_to = gl.minimum(high, gl.load(bounds_ptr + 3, mask=valid, other=0))
+    elif MASK != NO_MASK:
+        whole_to = high * 0
+    begin, end, whole_from, whole_to = span(low, high, whole_from, whole_to, valid, max_len)
+    begin = begin // BLOCK_N * BLOCK_N
     run = gl.cdiv(gl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
     begin += split * run
     end = gl.minimum(begin + run, end)
@@ -66,15 +71,6 @@ def wgmma_piece_kernel(
     group_row = (batch * gl.num_programs(1) + kv_head) * rows
     kv_row = gl.program_id(2) * gl.num_programs(1) + gl.program_id(1)
     means = (mean_score_ptr + kv_row.to(gl.int64) * segments * rows + row, rows, valid, first // MEAN_OF)
-    # Slots that all rows see.
-    whole_from = gl.max(gl.where(valid, low, 0), axis=0)
-    whole_to = gl.min(gl.where(valid, high, max_len), axis=0)
-    if HAS_WHOLE:
-        whole_from = gl.maximum(whole_from, gl.max(gl.load(bounds_ptr + 2, mask=valid, other=0), axis=0))
-        last = gl.load(bounds_ptr + 3, mask=valid, other=max_len)
-        whole_to = gl.minimum(whole_to, gl.min(last, axis=0))
-    elif MASK != NO_MASK:
-        whole_to = whole_to * 0
     sees = (low, high, whole_from, whole_to, end)
     mask = (mask_ptr + batch * mask_stride_b, mask_stride_n, valid)
     unit, v_unit = gl.load(unit_ptr + kv_row * 2), gl.load(unit_ptr + kv_row * 2 + 1)
@@ -84,8 +80,6 @@ def wgmma_piece_kernel(
     dims = gl.arange(0, K_DIM, layout=gl.SliceLayout(0, Q))
     q_ptrs = q_ptr + (group_row + q_row)[:, None] * K_DIM + dims[None, :]
     q = gl.load(q_ptrs, mask=(q_row < rows)[:, None] & (dims < K_DIM)[None, :], other=0.0)
-    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, K_DIM], gl.float16)
-    q = gl.allocate_shared_memory(gl.float16, [BLOCK_M, K_DIM], Q_SHARED, q)
 
     part = (group_row + row) * splits + split
     resumed = valid & (first + 0 * row > 0)

@@ -29,6 +29,29 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
+def widest(begin, end, whole_from, whole_to, other_begin, other_end, other_from, other_to):
+    """The slots that either of two rows sees, and those that both do."""
+    return (
+        gl.minimum(begin, other_begin),
+        gl.maximum(end, other_end),
+        gl.maximum(whole_from, other_from),
+        gl.minimum(whole_to, other_to),
+    )
+
+
+@gluon.jit
+def span(low, high, whole_from, whole_to, valid, most):
+    """Of a block's rows: (first slot, the end of slots) that any sees, (the same) of those that all see.
+
+    A row sees slots low .. high - 1, and all of whole_from .. whole_to - 1. `most`: the most slots.
+    """
+    seen = valid & (low < high)
+    begin, end = gl.where(seen, low, most), gl.where(seen, high, 0)
+    whole_from, whole_to = gl.where(valid, whole_from, 0), gl.where(valid, whole_to, most)
+    return gl.reduce((begin, end, whole_from, whole_to), 0, widest)  # one exchange between warps, not four
+
+
+@gluon.jit
 def weigh(
     s, start, sees, mask, factor, means, peak, total, MASK: gl.constexpr, HAS_MEAN: gl.constexpr,
     SCORES: gl.constexpr,
@@ -112,8 +135,8 @@ def attend_tiles(
 ):  # fmt: skip
     """The online softmax over `n` tiles, at least one, of slots from `begin`: (acc, total, peak).
 
-    `q` [BLOCK_M, K_DIM] lies in shared memory. `place` of the first keys and values: batch row, KV head and
-    slot in tensors of `RANK` 4, the row in those of 2.
+    `q` is [BLOCK_M, K_DIM]. `place` of the first keys and values: batch row, KV head and slot in tensors of
+    `RANK` 4, the row in those of 2.
     """
     RESULT_ROWS: gl.constexpr = gl.SliceLayout(1, RESULT)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
@@ -122,13 +145,18 @@ def attend_tiles(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + 1):
         mbarrier.init(bars.index(i), count=1)
-    fence_async_shared()  # of the queries and the barriers
+    fence_async_shared()
     barrier()
     # The first keys, in the last stage's place.
     mbarrier.expect(bars.index(STAGES), BLOCK_N * K_DIM * 2)
     copy_into(k_buffers.index(STAGES - 1), k_tiles, place, 0, bars.index(STAGES), True, RANK)
     for i in gl.static_range(STAGES - 1):
         issue(k_tiles, v_tiles, place, bars, k_buffers, v_buffers, i, i < n, K_DIM, V_DIM, RANK)
+    # Queries, which may still be under way, are waited for while keys come.
+    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, K_DIM], OPERAND)
+    q = gl.allocate_shared_memory(OPERAND, [BLOCK_M, K_DIM], Q_SHARED, q)
+    fence_async_shared()
+    barrier()
     zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     mbarrier.wait(bars.index(STAGES), 0)
     keys = tile_in(k_buffers, STAGES - 1, K_DIM, RANK).permute((1, 0))

@@ -713,7 +713,7 @@ ATTEND_GPU = [
     # Rows enough for wgmma.
     *(
         Case("", *dims, 14, q_len=800, lens=(900, 129), max_len=1000, mask=mask, bounds=b, dtype=dtype)
-        for dims, dtype in (((128, 128), BF16), ((64, 64), FP16), ((64, 128), BF16), ((128, 64), FP16))
+        for dims, dtype in (((128, 128), BF16), ((128, 128), FP16), ((64, 128), BF16), ((128, 64), FP16))
         for mask, b in (
             *(("none", "row"), ("none", "window")),
             *(("keys", "scan"), ("holes", "scan"), ("keys", "none")),

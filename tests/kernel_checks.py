@@ -413,7 +413,7 @@ def check_attend(case: Case, device: str) -> None:
     expected, expected_lse = float64_attention(q, k, v, mask, bounds, sinks, scale, case.softcap)
     if bounds is not None and case.bounds == "row":  # no tile of 64 slots reaches it
         k[1, :, 128:], v[1, :, 128:] = float("nan"), float("nan")
-    with nan_filled_memory(), mock.patch.object(attend_wgmma, "LEAST_QUERIES", 512):
+    with nan_filled_memory(), mock.patch.object(attend_wgmma, "LEAST_FILLED", 0.1):
         for attn_mask in (mask,) if not is_packable(mask) else (mask, pack_mask(mask)):
             actual = attend(q, k, v, *on(device, attn_mask, bounds, sinks), scale, case.softcap, lse)
             assert actual.dtype == case.dtype

@@ -131,10 +131,11 @@ def record_launches() -> list[tuple]:
             *((128, words, rows), (64, words, None)),
         ):
             length = 4096 if attn_mask is mask else 4097
-            q_rows, kv = (torch.zeros(2, n, size, dim, dtype=BF16) for n, size in ((8, 129), (2, length)))
+            q_rows, keys = (torch.zeros(2, n, size, dim, dtype=BF16) for n, size in ((8, 129), (2, length)))
+            values = torch.zeros(2, 2, length, 128, dtype=BF16)
             for wgmma in (False, True):
                 with mock.patch.object(attend_wgmma, "takes", return_value=wgmma):
-                    attend(q_rows, kv, kv, attn_mask, seen, None, 0.1)
+                    attend(q_rows, keys, values, attn_mask, seen, None, 0.1)
         x, starts = torch.zeros(64, 8, 128, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
         varlen_attention(x, x[:, :2], x[:, :2], starts, starts, 64, 64, True, 0.1)
     finally:

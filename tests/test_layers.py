@@ -92,7 +92,7 @@ MAY_IMPORT = {
             "format",
         ),
     ],
-    "kernels.attend_wgmma": ["kernels.scores", "kernels.wgmma_tiles"],
+    "kernels.attend_wgmma": ["kernels.bits", "kernels.scores", "kernels.wgmma_tiles"],
     "kernels.prefill_wgmma": [
         *("kernels.bits", "kernels.prefill", "kernels.scores", "kernels.segments", "kernels.wgmma_tiles"),
     ],
