@@ -63,7 +63,7 @@ class RaggedPadding:
 
     def attend(
         self, write: GraphWriter, sdpa: SDPANode, key: fx.Node, value: fx.Node, form: MaskForm,
-        scale: float, backend: str,
+        scale: float | fx.Node, backend: str,
     ) -> fx.Node:  # fmt: skip
         """The attention `[B, H, Lq, Dv]`, by an attention backend's ragged kernel."""
         batch, _, q_len, _ = value_of(sdpa.query).shape

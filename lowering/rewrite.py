@@ -12,6 +12,7 @@ A call that no backend can run exactly stays as it was.
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -230,8 +231,15 @@ def _in_layout_of(expected: torch.Tensor, result: fx.Node, write: GraphWriter) -
     return result
 
 
-def _scale_of(sdpa: SDPANode) -> float:
-    return float(sdpa.scale) if sdpa.scale is not None else value_of(sdpa.query).shape[3] ** -0.5
+def _scale_of(sdpa: SDPANode) -> float | fx.Node:
+    """The scale: a number, or what gives it where the head dimension is not known at compile time."""
+    if sdpa.scale is not None:
+        return float(sdpa.scale)
+    graph = sdpa.node.graph
+    with graph.inserting_before(sdpa.node):
+        write = GraphWriter(graph, sdpa.node)
+        size = write.size(sdpa.query, 3)
+        return size**-0.5 if isinstance(size, int) else write.call(operator.pow, size, -0.5)
 
 
 def _softcap_of(sdpa: SDPANode) -> dict[str, float]:

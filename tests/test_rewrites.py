@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -181,6 +183,22 @@ def test_other_opaque_masks_are_not_packed(what):
     _, body, result = rewritten(f, *(args := (*qkv(q_len), torch.rand(B, 1, q_len, L) < 0.5)))
     assert not any("pack_mask" in line for line in body)
     torch.testing.assert_close(result, f(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_are_not_known_make_one_graph():
+    def f(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    compiled = torch.compile(f, backend="turboquant", dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Raw Sym")  # a symbol that is passed as if it were a number
+        for q_len, kv_len in ((20, 45), (33, 64), (3, 70), (40, 41)):
+            q, k = (torch.randn(B, H, n, D) for n in (q_len, kv_len))
+            mask = torch.rand(B, 1, q_len, kv_len) < 0.4
+            mask[..., 0] = True
+            torch.testing.assert_close(compiled(q, k, k, mask), f(q, k, k, mask), rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_layers_share_what_the_mask_costs():
