@@ -75,6 +75,21 @@ def test_a_folder_is_no_file(command, tmp_path, capsys):
     assert f"'{tmp_path}' is a folder: name a file in it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", WRITING[5:], ids=" ".join)
+def test_a_file_is_no_folder(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        cli.main([*command, str(tmp_path / "file")])
+    assert f"'{tmp_path / 'file'}' is a file: name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "soon"])
+def test_bench_stops_after_a_time(seconds, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--stop-after", seconds])
+    assert f"'{seconds}' is not a number above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"points": []}'])
 def test_a_file_that_bench_did_not_write(text, tmp_path, capsys):
     (tmp_path / "bench.json").write_text(text)

@@ -144,6 +144,13 @@ def new_path(text: str) -> Path:
     return path
 
 
+def new_folder(text: str) -> Path:
+    """Argument type: a folder that can be written to."""
+    if new_path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: name a folder")
+    return Path(text)
+
+
 def new_file(text: str) -> Path:
     """Argument type: a file that can be written, or replaced."""
     if new_path(text).is_dir():

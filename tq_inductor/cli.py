@@ -22,7 +22,7 @@ from .argument_types import (
     kv_format_or_bits,
     kv_format_or_policy,
     new_file,
-    new_path,
+    new_folder,
     new_plot,
     number,
     positive,
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     add = balance.add_argument
     add("text", type=text_of, help="of the kind that the model will read")
     add("model", help="folder or name of a checkpoint")
-    add("--out", type=new_path, required=True, metavar="FOLDER", help="where the changed checkpoint goes")
+    add("--out", type=new_folder, required=True, metavar="FOLDER", help="where the changed checkpoint goes")
     add("--tokens", type=positive, default=1024, metavar="N", help="of the text to read; default: 1024")
     add("--device", type=device_name, help="default: cuda if there is one")
     add("--dtype", type=dtype_name, default="auto", help="such as bfloat16; default: the checkpoint's")
@@ -243,11 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--new-tokens", type=at_least_3, default=24, metavar="N", help="per measurement; default: 24")
     add("--prefill-tokens", type=positive, default=1 << 18, metavar="N", help="of a batch, read at once")
     add("--time-limit", type=above_zero, default=600, metavar="S", help="for one point; default: 600")
-    add("--stop-after", type=float, metavar="S", help="start no new point after so many seconds")
+    add("--stop-after", type=above_zero, metavar="S", help="start no new point after so many seconds")
 
     plot = command("plot", run_plot, "draw speed and memory over context, and tokens/s over batch")
     plot.add_argument("result", type=existing_file, help="what `bench` wrote")
-    plot.add_argument("--out", type=new_path, default=Path("."), metavar="FOLDER", help="default: here")
+    plot.add_argument("--out", type=new_folder, default=Path("."), metavar="FOLDER", help="default: here")
     plot.add_argument("--format", choices=("svg", "png"), default="svg")
     return parser
 
