@@ -46,7 +46,9 @@ def load_bits(row_ptrs, stride_n, start, valid, max_len, N: tl.constexpr):
         place = key + start % 32
     else:
         tl.static_assert(N == 64)
-        second = tl.load(row_ptrs + stride_n, mask=valid & (start + 32 < max_len), other=0)
+        # A tensor is compared, not a number: Triton 3.9's interpreter wants it so.
+        exists = valid & (start + 32 + 0 * valid.to(tl.int32) < max_len)
+        second = tl.load(row_ptrs + stride_n, mask=exists, other=0)
         words = tl.where(key < 32, words, second[:, None])
         place = key % 32
     return (words >> place & 1) != 0
