@@ -6,7 +6,7 @@ Everything runs on a CPU and writes `quality_<part>.json`; without names all par
 vectors, `synthetic` of attention over synthetic keys. `formats` is the demo model with today's formats
 beside fp8 and vLLM's scheme, `large_bias` that model with keys like Qwen2.5's, `recall` and
 `large_bias_recall` how well they copy what they read long ago, `ideas` what could be added, `chosen` what
-the ideas' figures suggest.
+the ideas' figures suggest, `trellis` what trellis codes would be worth.
 `python benchmarks/quality_table.py --write` puts the figures into `docs/quality.md`.
 """
 
@@ -25,7 +25,10 @@ from quality.codes import CODES
 from quality.schemes import FIRST_CHUNK
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PARTS = ("sphere", "synthetic", "formats", "large_bias", "recall", "large_bias_recall", "ideas", "chosen")
+PARTS = (
+    *("sphere", "synthetic", "formats", "large_bias", "recall", "large_bias_recall", "ideas", "chosen"),
+    "trellis",
+)
 LARGE_BIASES = "demo model with large biases of keys"
 
 
@@ -39,12 +42,16 @@ def tracked(items: Iterable[Any], label: str) -> Iterable[Any]:
 
 def run_sphere() -> dict[str, Any]:
     """Every code on unit vectors of three dimensions."""
-    pairs = [(name, dim) for dim in sphere.DIMENSIONS for name in sphere.SPHERE_CODES]
-    rows = [
+    return {"what": f"{sphere.VECTORS} random unit vectors", "rows": of_codes(sphere.SPHERE_CODES)}
+
+
+def of_codes(codes: Iterable[str]) -> list[dict[str, Any]]:
+    """Figures of these codes on unit vectors of three dimensions."""
+    pairs = [(name, dim) for dim in sphere.DIMENSIONS for name in codes]
+    return [
         {"code": name, "head_dim": dim, **sphere.figures(name, dim)}
         for name, dim in tracked(pairs, "sphere")
     ]
-    return {"what": f"{sphere.VECTORS} random unit vectors", "rows": rows}
 
 
 def run_synthetic() -> dict[str, Any]:
@@ -98,6 +105,13 @@ def run_recall(
     }
 
 
+def run_trellis() -> dict[str, Any]:
+    """Codes of 2 and 3 bits on unit vectors, and the demo model with them."""
+    rows = of_codes(("3", "vector3", "trellis3", "2", "vector2", "trellis2"))
+    found, copied = run_model(lists.TRELLIS), run_recall(lists.TRELLIS)
+    return {"rows": rows, "schemes": found["schemes"], "recall": copied["schemes"], "what": found["what"]}
+
+
 def main() -> None:
     """Run the parts and write their files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -116,6 +130,7 @@ def main() -> None:
         "large_bias_recall": lambda: run_recall(lists.LARGE_BIAS_RECALL, LARGE_BIASES, True),
         "ideas": lambda: run_model(lists.IDEAS),
         "chosen": lambda: run_model(lists.CHOSEN),
+        "trellis": run_trellis,
     }
     for part in args.parts or PARTS:
         start = time.perf_counter()

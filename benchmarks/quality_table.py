@@ -99,6 +99,19 @@ def recall(part: str) -> str:
     )
 
 
+def trellis() -> str:
+    """Codes of 2 and 3 bits: error on the sphere, and what the demo model loses of text and needles."""
+    rows = result("trellis")
+    errors = {row["code"]: f"{row['mse']:.3g}" for row in rows["rows"] if row["head_dim"] == 128}
+    cells = [["exact", "", "+0.00%", "0", "+0.0"]]
+    for (name, row), code in zip(list(rows["schemes"].items())[1:], errors, strict=True):
+        (low, high), found = row["interval_percent"], rows["recall"][name]
+        delta = f"{row['delta_percent']:+.2f}% ({low:+.2f} to {high:+.2f})"
+        points = "{:+.1f} ({:+.1f} to {:+.1f})".format(found["difference"], *found["interval"])
+        cells.append([name, errors[code], delta, f"{row['kl_nats']:.2g}", points])
+    return _table(["scheme", "MSE, D=128", "bits per byte, against exact", "KL", "needles, points"], cells)
+
+
 TABLES = {
     "sphere": sphere,
     "synthetic": synthetic,
@@ -108,6 +121,7 @@ TABLES = {
     "large_bias_recall": lambda: recall("large_bias_recall"),
     "ideas": lambda: model("ideas"),
     "chosen": lambda: model("chosen"),
+    "trellis": trellis,
 }
 
 

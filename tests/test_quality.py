@@ -16,7 +16,17 @@ from tq_inductor.demo import CHUNK
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # the harness is a folder of scripts, not an installed package
 
-from quality import large_bias, lists, metrics, model, needle, schemes, sphere, synthetic  # noqa: E402
+from quality import (  # noqa: E402
+    large_bias,
+    lists,
+    metrics,
+    model,
+    needle,
+    schemes,
+    sphere,
+    synthetic,
+    trellis,
+)
 from quality.codes import CODES, lloyd_max  # noqa: E402
 
 THETA = 1e4
@@ -90,6 +100,21 @@ def test_vllms_scheme_fails_on_a_constant_offset_as_the_reference_says():
     assert relative["vllm4"] == pytest.approx(0.37, abs=0.06)
     assert relative["3"] < 0.04
     assert relative["4"] < 0.011
+
+
+def test_the_path_through_a_trellis_is_the_best_of_all():
+    table, y = torch.randn(8), torch.randn(20, 5)
+    words = torch.arange(1 << 7)  # a state of three bits, and one bit for each of four more coordinates
+    states = torch.stack([words >> (4 - i) & 7 for i in range(5)], -1)
+    errors = (y[:, None] - table[states]).square().sum(-1)
+    assert torch.equal(trellis._path(y, table, 1), states[errors.argmin(1)])
+
+
+def test_a_closed_path_through_a_trellis_is_read_from_its_codes_alone():
+    path = trellis.closed_path(torch.randn(50, 24), torch.randn(1 << 8), 2)
+    codes = path % 4
+    states = sum(codes.roll(before, 1) << 2 * before for before in range(4))
+    assert torch.equal(states, path)
 
 
 def test_bytes():

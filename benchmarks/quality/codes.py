@@ -16,6 +16,8 @@ from tq_inductor.codebook import codebook
 from tq_inductor.codec import centroids_of, decode_vectors, encode_vectors
 from tq_inductor.rotation import rotation_matrix
 
+from .trellis import trellis
+
 SCALE_BYTES = 2
 VECTOR_SAMPLES = 100_000  # normal vectors that a vector codebook is fitted to
 VECTOR_ROUNDS = 30
@@ -119,17 +121,24 @@ def vector(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     decodes with fewer look-ups than a scalar code.
     """
     points = vector_codebook(bits, group)
+    return _of_unit_variance(x, lambda y: points[_nearest(y.reshape(-1, group), points)].view_as(y))
+
+
+def along_a_trellis(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rotated coordinates by trellis-coded quantisation; least-squares scale."""
+    return _of_unit_variance(x, lambda y: trellis(y, bits))
+
+
+def _of_unit_variance(x: torch.Tensor, nearest: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Rotated vectors, a mean square of 1 each, by what is `nearest` to them `[n, D]`."""
     rotation = _rotation(x.shape[-1])
-    flat = x.reshape(-1, x.shape[-1])
-    return torch.cat([_vector_slice(part, points, rotation) for part in flat.split(SLICE)]).view_as(x)
-
-
-def _vector_slice(x: torch.Tensor, points: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    y = x @ rotation
-    rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-    centroids = points[_nearest((y / rms).reshape(-1, points.shape[1]), points)].view_as(y)
-    scale = (y * centroids).sum(-1, keepdim=True) / centroids.square().sum(-1, keepdim=True)
-    return centroids * scale.bfloat16().float() @ rotation.T
+    read = []
+    for part in x.reshape(-1, x.shape[-1]).split(SLICE):
+        y = part @ rotation
+        centroids = nearest(y / y.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30))
+        scale = (y * centroids).sum(-1, keepdim=True) / centroids.square().sum(-1, keepdim=True)
+        read.append(centroids * scale.bfloat16().float() @ rotation.T)
+    return torch.cat(read).view_as(x)
 
 
 def _nearest(x: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -180,4 +189,5 @@ CODES: dict[str, Code] = {
     "vector2": Code(2, SCALE_BYTES, lambda x: vector(x, 2, 4)),
     "vector3": Code(3, SCALE_BYTES, lambda x: vector(x, 3, 2)),
     "vector4": Code(4, SCALE_BYTES, lambda x: vector(x, 4, 2)),
+    **{f"trellis{b}": Code(b, SCALE_BYTES, lambda x, b=b: along_a_trellis(x, b)) for b in (2, 3)},
 }

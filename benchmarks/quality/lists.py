@@ -150,6 +150,21 @@ IDEAS = (
 )
 
 
+def by_codes(base: str) -> tuple[Scheme, ...]:
+    """A mean of keys and a format's own exact tokens, with each kind of codes."""
+    sinks, recent = exact_tokens(base, None, None)
+    around = {"k_shift": "mean", "sinks": sinks, "recent": recent}
+    label = f"+ key mean, sinks {sinks}, window {recent}"
+    along = {"k": f"trellis{base[1]}", "v": f"trellis{base[3]}"}
+    return (
+        changed(base, label, **around),
+        changed(base, f"{label}, vector codes", **around, **_vectors(base)),
+        changed(base, f"{label}, trellis codes", **around, **along),
+    )
+
+
+TRELLIS = (*by_codes("k3v3"), *by_codes("k2v2"))
+
 _PRE = {"k_shift": "pre", "k_balance": "pairs"}
 
 # After the figures of IDEAS: how small a window does, what it does alone, and what folds into weights.
