@@ -71,6 +71,7 @@ def number(
 
 positive = number(int, "a whole number of at least 1", lambda x: x >= 1)
 above_zero = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+at_least_zero = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
 probability = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 # Options of transformers' `generate`, by its names.
 SAMPLING = {

@@ -14,6 +14,7 @@ from .argument_types import (
     BENCH_CACHES,
     SAMPLING,
     above_zero,
+    at_least_zero,
     bench_cache,
     device_name,
     dtype_name,
@@ -243,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--new-tokens", type=at_least_3, default=24, metavar="N", help="per measurement; default: 24")
     add("--prefill-tokens", type=positive, default=1 << 18, metavar="N", help="of a batch, read at once")
     add("--time-limit", type=above_zero, default=600, metavar="S", help="for one point; default: 600")
-    add("--stop-after", type=above_zero, metavar="S", help="start no new point after so many seconds")
+    add("--stop-after", type=at_least_zero, metavar="S", help="start no new point after so many seconds")
 
     plot = command("plot", run_plot, "draw speed and memory over context, and tokens/s over batch")
     plot.add_argument("result", type=existing_file, help="what `bench` wrote")
