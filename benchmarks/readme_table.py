@@ -26,7 +26,6 @@ COMPARED = {
 MODELS = {
     "llama": "Llama, 16 layers, hidden size 4096",
     "qwen3": "Qwen3 of the 8B's sizes",
-    "gemma3": "Gemma-3 of the 4B's sizes",
 }
 CACHE_NAMES = {"static": "StaticCache, bf16", "k4v4": "TurboQuantCache, k4v4"}
 
@@ -51,8 +50,7 @@ def table() -> str:
         bits = f"{row['bits_per_byte']:.3f}" + ("" if lossless else f" ({row['delta_percent']:+.1f}%)")
         kept = fmt.slot_bytes + (0 if lossless else 2 * fmt.head_dim // SEGMENT)  # and its share of a mean
         lines.append(f"| {name} | {kept} | {kept / 512:.2f}x | {bits} | {time:.0f} µs |")
-    measured = [name for name in MODELS if (results / f"generate_{name}.json").exists()]
-    tables = (*map(_generate, measured), _steps(), _two_gpus(), _prefill())
+    tables = (*map(_generate, MODELS), _steps(), _two_gpus(), _prefill())
     return "\n".join(chain(lines, *(["", *table] for table in tables))) + "\n"
 
 
@@ -81,7 +79,7 @@ def _steps() -> list[str]:
     """Whole decode steps of a transformers model."""
     steps = _result("step")["steps"]
     lines = [
-        "| a decode step of that model, without `generate` | ms, each waited for | in a row | floor |",
+        "| a decode step of that Llama, without `generate` | ms, each waited for | in a row | floor |",
         "|---|---|---|---|",
     ]
     for row in steps:
@@ -97,7 +95,7 @@ def _two_gpus() -> list[str]:
     steps = _result("two_gpus")["steps"]
     rows = {(r["way"], r["cache"], r["guards"]): r["median_ms"] for r in steps if r["layers"] == 16}
     shape = f"batch {steps[0]['batch']}, {steps[0]['tokens']:,} tokens"
-    lines = [f"| a step of that model, {shape} | one GPU | tensor parallel on two |", "|---|---|---|"]
+    lines = [f"| a step of that Llama, {shape} | one GPU | tensor parallel on two |", "|---|---|---|"]
     for cache, name in CACHE_NAMES.items():
         for guards, end in (("all", ""), ("not on torch.nn", ", without guards on torch.nn's modules")):
             one, two = (rows[way, cache, guards] for way in ("one", "tensor parallel"))

@@ -17,9 +17,8 @@ from .wgmma_tiles import BLOCK_M, BLOCK_N, attend_tiles, has_wgmma, span
 
 # Of fewer keys a block has too little to do: what is beside its tiles takes as long, and nothing hides it.
 LEAST_KEYS = 512
-LEAST_FILLED = (
-    0.75  # of all multiprocessors with a block each; the portable kernel can split the keys of one
-)
+# Of all multiprocessors, with a block each: the portable kernel can split the keys of one.
+LEAST_FILLED = 0.75
 OPERANDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -54,14 +53,7 @@ def wgmma_attend_kernel(
         bounds_ptr += batch.to(gl.int64) * bounds_stride_b + row // HEADS * bounds_stride_t
         low = gl.maximum(gl.load(bounds_ptr, mask=valid, other=0), 0)
         high = gl.minimum(gl.load(bounds_ptr + 1, mask=valid, other=0), max_len)
-    whole_from, whole_to = low, high
-    if HAS_WHOLE:  # the mask lets all of these through
-        whole_from = gl.maximum(low, gl.load(bounds_ptr + 2, mask=valid, other=0))
-        whole_to = gl.minimum(high, gl.load(bounds_ptr + 3, mask=valid, other=0))
-    elif MASK != NO_MASK:
-        whole_to = high * 0
-    begin, end, whole_from, whole_to = span(low, high, whole_from, whole_to, valid, max_len)
-    begin = begin // BLOCK_N * BLOCK_N
+    begin, end, whole_from, whole_to = span(low, high, bounds_ptr, valid, max_len, HAS_WHOLE, MASK)
     sees = (low, high, whole_from, whole_to, end)
     mask_ptr += batch.to(gl.int64) * mask_stride_b
     if MASK == BIT_MASK:

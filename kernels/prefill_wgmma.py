@@ -55,14 +55,7 @@ def wgmma_piece_kernel(
         low = gl.maximum(low, SINKS)
         high = gl.minimum(high, gl.minimum(first_recent, max_len).to(gl.int32))
     low, high = gl.maximum(low, first), gl.minimum(high, first + piece)
-    whole_from, whole_to = low, high
-    if HAS_WHOLE:
-        whole_from = gl.maximum(low, gl.load(bounds_ptr + 2, mask=valid, other=0))
-        whole_to = gl.minimum(high, gl.load(bounds_ptr + 3, mask=valid, other=0))
-    elif MASK != NO_MASK:
-        whole_to = high * 0
-    begin, end, whole_from, whole_to = span(low, high, whole_from, whole_to, valid, max_len)
-    begin = begin // BLOCK_N * BLOCK_N
+    begin, end, whole_from, whole_to = span(low, high, bounds_ptr, valid, max_len, HAS_WHOLE, MASK)
     run = gl.cdiv(gl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
     begin += split * run
     end = gl.minimum(begin + run, end)

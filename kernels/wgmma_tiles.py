@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .prefill import WEIGHT_BITS
-from .scores import BIT_MASK, KEY_MASK
+from .scores import BIT_MASK, KEY_MASK, NO_MASK
 from .segments import MEAN_OF
 
 BLOCK_M, BLOCK_N, STAGES = gl.constexpr(128), gl.constexpr(128), gl.constexpr(3)
@@ -40,15 +40,23 @@ def widest(begin, end, whole_from, whole_to, other_begin, other_end, other_from,
 
 
 @gluon.jit
-def span(low, high, whole_from, whole_to, valid, most):
+def span(low, high, bounds_ptr, valid, most, HAS_WHOLE: gl.constexpr, MASK: gl.constexpr):
     """Of a block's rows: (first slot, the end of slots) that any sees, (the same) of those that all see.
 
-    A row sees slots low .. high - 1, and all of whole_from .. whole_to - 1. `most`: the most slots.
+    A row sees slots low .. high - 1 that the mask lets through. `most`: the most slots.
     """
+    whole_from, whole_to = low, high
+    if HAS_WHOLE:  # the mask lets all of these through
+        whole_from = gl.maximum(low, gl.load(bounds_ptr + 2, mask=valid, other=0))
+        whole_to = gl.minimum(high, gl.load(bounds_ptr + 3, mask=valid, other=0))
+    elif MASK != NO_MASK:
+        whole_to = high * 0
     seen = valid & (low < high)
     begin, end = gl.where(seen, low, most), gl.where(seen, high, 0)
     whole_from, whole_to = gl.where(valid, whole_from, 0), gl.where(valid, whole_to, most)
-    return gl.reduce((begin, end, whole_from, whole_to), 0, widest)  # one exchange between warps, not four
+    # One exchange between warps, not four.
+    begin, end, whole_from, whole_to = gl.reduce((begin, end, whole_from, whole_to), 0, widest)
+    return begin // BLOCK_N * BLOCK_N, end, whole_from, whole_to
 
 
 @gluon.jit
